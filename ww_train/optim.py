@@ -1,0 +1,315 @@
+"""`WWPGD`: wrap any optimizer and project its weights at epoch boundaries."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ww_train.matrices import Skipped
+from ww_train.projection import ManifoldProjection, Projected, Projection
+from ww_train.targets import projection_targets
+
+Strength: TypeAlias = "float | Callable[[int], float]"
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Strength that rises linearly from 0 and reaches 1 in the epoch with index `epochs - 1`."""
+
+    epochs: int = 6
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"a ramp needs at least one epoch, got {self.epochs}")
+
+    def __call__(self, epoch: int) -> float:
+        """Strength at the end of the epoch with this index (the first is 0)."""
+        return min(1.0, (epoch + 1) / self.epochs)
+
+
+@dataclass
+class _Clock:
+    """All mutable state of a `WWPGD`, in one object that proxies and copies of it share."""
+
+    steps: int = 0  # executed optimizer steps
+    epochs: int = 0  # projected boundaries
+    boundary: int = -1  # `steps` at the last boundary
+    warned: set[str] = field(default_factory=set)
+
+    def numbers(self) -> dict[str, int]:
+        return {"steps": self.steps, "epochs": self.epochs, "boundary": self.boundary}
+
+
+class WWPGD(Optimizer):
+    """An optimizer that behaves like the one it wraps, and projects the weights each epoch.
+
+    Between projections every step, state and hook is the base optimizer's, bit for bit. Give the
+    wrapper, not the base, to schedulers, scalers and trainers.
+
+        opt = WWPGD(AdamW(model.parameters()), model=model)
+        for epoch in range(epochs):
+            for batch in loader:
+                ...
+                opt.step()
+            opt.end_epoch()  # a callback of ww_train does this for you
+
+    Args:
+        base: Any `torch.optim.Optimizer` with its parameters.
+        model: The model that owns the parameters. Tells embeddings, tied heads and convolutions from
+            linear layers; without it every 2-D parameter that is not named like an embedding counts.
+        strength: How far each projection goes: a number in 0..1, or a callable of the epoch index
+            (the first is 0). By default `Ramp(6)`: linearly to 1 over the first six epochs.
+        projection: What to do to a layer; `ManifoldProjection(alpha=2.0)` by default.
+        steps_per_epoch: If given, `end_epoch` is called after every so many executed steps.
+        strict: Raise if a projection fails, instead of warning once a layer and going on.
+
+    Raises:
+        TypeError: If `base` is not an Optimizer.
+        ValueError: If `base` has no parameters or a constant strength is outside 0..1.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        model: nn.Module | None = None,
+        strength: Strength | None = None,
+        projection: Projection | None = None,
+        steps_per_epoch: int | None = None,
+        strict: bool = False,
+    ) -> None:
+        # no super().__init__: it would make a second, soon stale, copy of groups and state
+        if not isinstance(base, Optimizer):
+            raise TypeError(
+                f"WWPGD wraps a torch.optim.Optimizer, got {type(base).__name__}; "
+                "for example WWPGD(torch.optim.AdamW(model.parameters()), model=model)"
+            )
+        if isinstance(base, WWPGD):
+            raise TypeError("the optimizer is already a WWPGD; wrap its .base instead")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        if not any(group["params"] for group in base.param_groups):
+            raise ValueError("the optimizer has no parameters")
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+        self.base = base
+        self.model = model
+        self.strength: Strength = Ramp() if strength is None else strength
+        if not callable(self.strength):
+            _check_strength(self.strength)
+        self.projection: Projection = projection or ManifoldProjection()
+        self.steps_per_epoch = steps_per_epoch
+        self.strict = strict
+        self._clock = _Clock()
+        self._make_hooks()
+
+    def _make_hooks(self) -> None:
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+
+    # What torch keeps in attributes lives in the base, also after it rebinds them on a load.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    # With False, GradScaler unscales and skips by itself: a skipped step is then never counted, and
+    # Lightning allows gradient clipping with fused optimizers.
+    _step_supports_amp_scaling = False
+
+    def __getattr__(self, name: str) -> Any:
+        # only what is not found otherwise: train(), eval(), consolidate_state_dict() of some bases
+        if name.startswith("__") or "base" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base, name)
+
+    def __repr__(self) -> str:
+        return f"WWPGD({self.base!r}, projection={self.projection!r}, strength={self.strength!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        hooks = {name for name in self.__dict__ if name.startswith("_optimizer_")}
+        # a scheduler hides the class's step behind an instance attribute of its own
+        return {k: v for k, v in self.__dict__.items() if k not in hooks and k != "step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_hooks()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base optimizer; at every `steps_per_epoch`-th also `end_epoch`."""
+        probe = self._is_probe(closure)
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            pre_hook(self, (closure,), {})
+        result = self.base.step() if closure is None else self.base.step(closure)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, (closure,), {})
+        if not probe:
+            self._clock.steps += 1
+            if self.steps_per_epoch and self._clock.steps % self.steps_per_epoch == 0:
+                self.end_epoch()
+        return result
+
+    # torch would wrap the step in its profiler range and global hooks, which base.step has already
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_probe(self, closure: object) -> bool:
+        """Whether this is the empty step by which distributed checkpoints create the state."""
+        if closure is not None or self.base.state:
+            return False
+        if any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        return all(grad is not None and not grad.any() for grad in grads)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients."""
+        self.base.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base optimizer."""
+        self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict, with the clock as plain integers.
+
+        The clock stands under the key `ww_pgd` and once more in every group, because distributed
+        checkpoints keep only `state` and `param_groups`. The base optimizer loads it as it is.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        numbers = self._clock.numbers()
+        in_group = {f"ww_pgd_{key}": number for key, number in numbers.items()}
+        state = dict(self.base.state_dict())
+        state["param_groups"] = [{**group, **in_group} for group in state["param_groups"]]
+        state["ww_pgd"] = numbers
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of the bare base optimizer (the clock then restarts)."""
+        state = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state)
+            state = state if changed is None else changed
+        groups = [dict(group) for group in state["param_groups"]]
+        in_group = {
+            key.removeprefix("ww_pgd_"): group.pop(key)
+            for group in groups
+            for key in [key for key in group if key.startswith("ww_pgd_")]
+        }
+        numbers = state.pop("ww_pgd", None) or in_group
+        self.base.load_state_dict({**state, "param_groups": groups})
+        fresh = _Clock()
+        self._clock.steps = int(numbers.get("steps", fresh.steps))
+        self._clock.epochs = int(numbers.get("epochs", fresh.epochs))
+        self._clock.boundary = int(numbers.get("boundary", fresh.boundary))
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @torch.no_grad()
+    def end_epoch(self) -> tuple[Projected | Skipped, ...]:
+        """Project every target layer, once an epoch.
+
+        A second call without a step in between does nothing, so that a trainer's callback, a loop
+        and `steps_per_epoch` may all call it.
+
+        Returns:
+            What was done to each layer, or why it was skipped; empty if nothing was due.
+
+        Cost: see the projection; nothing is kept between calls.
+        """
+        clock = self._clock
+        if clock.boundary == clock.steps:
+            return ()
+        clock.boundary = clock.steps
+        epoch = clock.epochs
+        clock.epochs += 1
+        try:
+            strength = self.strength(epoch) if callable(self.strength) else self.strength
+            _check_strength(strength)
+        except Exception as error:
+            if self.strict:
+                raise
+            self._warn_once("strength", f"no projection in epoch {epoch}: {error}")
+            return ()
+        with _at_trained_point(self.base):
+            targets = projection_targets(self.param_groups, self.model)
+            results = tuple(self._project(matrix, strength) for matrix in targets)
+        if not any(isinstance(result, Projected) for result in results):
+            reasons = "; ".join(f"{r.name}: {r.reason}" for r in results if isinstance(r, Skipped))
+            self._warn_once("none", f"WWPGD projects no layer ({reasons or 'no matrix found'})")
+        return results
+
+    def _project(self, matrix: Any, strength: float) -> Projected | Skipped:
+        if isinstance(matrix, Skipped):
+            return matrix
+        try:
+            return self.projection.project_(matrix, strength)
+        except Exception as error:
+            if self.strict:
+                raise
+            reason = f"the projection failed: {type(error).__name__}: {error}"
+            self._warn_once(matrix.name, f"layer {matrix.name} is left as it is, {reason}")
+            return Skipped(matrix.name, reason)
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._clock.warned:
+            self._clock.warned.add(key)
+            warnings.warn(message, stacklevel=3)
+
+
+def _check_strength(strength: float) -> None:
+    if not (math.isfinite(strength) and 0.0 <= strength <= 1.0):
+        raise ValueError(f"strength must be between 0 and 1, got {strength}")
+
+
+@contextmanager
+def _at_trained_point(base: Optimizer) -> Iterator[None]:
+    """Schedule-free optimizers train at an interpolated point: project the weights in use instead."""
+    groups = base.param_groups
+    switched = bool(groups[0].get("train_mode")) and hasattr(base, "eval")
+    if switched:
+        base.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if switched:
+            base.train()  # type: ignore[attr-defined]
