@@ -104,9 +104,11 @@ class WeightWatcherCallback(pl.Callback):
         if not scalars:
             return
         for tag, value in scalars.items():
-            if tag.startswith("ww/"):
+            if tag.startswith("ww/") and epoch > 0:
                 # on_step: fresh in callback_metrics when this epoch's checkpoint looks at them
-                self.log(tag, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
+                pl_module.log(
+                    tag, value, on_step=project, on_epoch=not project, logger=False, batch_size=1
+                )
         # straight to the loggers: log_dict with hundreds of keys takes a second
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
@@ -115,6 +117,4 @@ class WeightWatcherCallback(pl.Callback):
 
 def _is_phantom_epoch(trainer: pl.Trainer) -> bool:
     """StochasticWeightAveraging appends an epoch without training to update batch norms."""
-    return bool(
-        getattr(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", False)
-    )
+    return bool(trainer.fit_loop._skip_backward)

