@@ -51,12 +51,10 @@ class Boundary:
     Attributes:
         accuracy: Test accuracy in percent before the projection.
         distance: Relative distance to the manifold of each layer before the projection.
-        strength: Of the projection.
     """
 
     accuracy: float
     distance: dict[str, float]
-    strength: float
 
 
 def add_data_argument(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +114,7 @@ def train_mlp(data: Digits, *, epochs: int, seed: int, wwpgd: bool = False) -> t
             before = accuracy(model, data)
             done = [layer for layer in optimizer.end_epoch() if isinstance(layer, Projected)]
             distance = {layer.name: layer.distance for layer in done}
-            boundaries.append(Boundary(before, distance, done[0].strength))
+            boundaries.append(Boundary(before, distance))
     return model, boundaries
 
 

@@ -3,8 +3,9 @@
 For each seed an MLP is trained twice on MNIST, with AdamW and with WWPGD(AdamW), otherwise alike:
 the same initial weights, order of images, learning rates and clipping. weightwatcher then reads
 alpha 2 and an ERG gap of 0 (or one off) in both hidden layers. The last projection alone would
-guarantee that, so the distance to the manifold and the accuracy just before it are printed as well:
-they tell whether the network had arrived.
+guarantee that, so the accuracy just before it and the distance to the manifold before each one are
+printed as well: whether the network learns near the manifold or is thrown onto it at the end. (The
+learning rate decays to zero, so the very last distances are small in any case.)
 
     pip install weightwatcher==0.7.7
     WW_TRAIN_DATA=FOLDER python benchmarks/training.py
@@ -53,10 +54,7 @@ def main() -> None:
         skip(error)
 
     print(f"MLP 784-512-512-10, MNIST, {args.epochs} epochs; layers {' '.join(HIDDEN)}\n")
-    print(
-        f"{'seed':>4}  {'run':12}{'alpha':>15}{'ERG gap':>10}{'accuracy':>10}"
-        "   before the last projection"
-    )
+    print(f"{'seed':>4}  {'run':12}{'alpha':>15}{'ERG gap':>10}{'accuracy':>10}{'before*':>10}")
     alphas, gaps = [], []
     accuracies: dict[bool, list[float]] = {False: [], True: []}
     with tqdm(total=2 * len(args.seeds), unit="run", file=sys.stderr, leave=False) as bar:
@@ -72,15 +70,16 @@ def main() -> None:
                 if wwpgd:
                     alphas += alpha
                     gaps += gap
-                    last = boundaries[-1]
-                    line += f"   distance {numbers(list(last.distance.values()), '.4f')}, "
-                    line += f"accuracy {last.accuracy:.2f}"
+                    farthest = [max(boundary.distance.values()) for boundary in boundaries]
+                    line += f"{boundaries[-1].accuracy:10.2f}\n      distance before each "
+                    line += f"projection: {numbers(farthest, '.3f')}"
                 bar.clear()
                 print(line, flush=True)
                 bar.update()
+    print("\n* the last projection; distances are those of the farther layer")
     differences = [w - a for a, w in zip(accuracies[False], accuracies[True], strict=True)]
     print(
-        f"\ntest accuracy: AdamW {mean_std(accuracies[False])}, "
+        f"test accuracy: AdamW {mean_std(accuracies[False])}, "
         f"WWPGD(AdamW) {mean_std(accuracies[True])}, difference {mean_std(differences)} points"
     )
     off = max(abs(alpha - 2.0) for alpha in alphas)

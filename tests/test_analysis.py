@@ -1,14 +1,16 @@
 import math
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ww_train import analysis
-from ww_train.analysis import Report, analyze, measure
-from ww_train.power_law import fit_power_law
+from ww_train.analysis import analyze, describe, esd, measure
+from ww_train.power_law import PowerLaw, fit_power_law
+from ww_train.report import Report
+from ww_train.traps import shuffle
 
 from .oracles import (
     dense,
@@ -79,6 +81,24 @@ def test_every_number_of_a_dense_layer_against_the_oracles():
     for key, value in expected.items():
         assert row[key] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value)
     assert "num_traps" not in row
+
+
+def test_every_randomised_number_belongs_to_the_shuffled_matrix():
+    layer = measure(nn.Sequential(dense(weight())), randomize=True, seed=2)["0"]
+    row, s, mp = layer.to_dict(), layer.spectrum, layer.traps.mp
+    top = evals_by_svd(shuffle(weight()[None], 2, "0")[0])[-1]
+    expected = {
+        "max_rand_eval": top,
+        "rand_bulk_min": mp.bulk_min,
+        "rand_bulk_max": mp.bulk_max,
+        "rand_sigma_mp": mp.sigma_mp,
+        "rand_mp_softrank": mp.bulk_max / top,
+        "ww_softrank": top / s.lambda_max,
+        "ww_maxdist": s.lambda_max - top,
+    }
+    for key, value in expected.items():
+        assert row[key] == pytest.approx(value, rel=1e-9)
+    assert row["num_traps"] == row["rand_num_spikes"] == layer.num_traps > 0
 
 
 def test_a_convolution_pools_its_slices_at_half_their_energy():
@@ -161,12 +181,22 @@ def test_a_layer_does_not_depend_on_the_others():
     assert numbers(together["fc"]) == pytest.approx(numbers(alone), rel=1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 1 << 15])
-def test_the_size_of_a_batch_changes_nothing(monkeypatch, size):
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_changes_nothing_and_is_left_alone(threads):
     model = zoo()
-    expected = measure(model, randomize=True).scalars()
-    monkeypatch.setattr(analysis, "BATCH_BYTES", size)
-    assert measure(model, randomize=True).scalars() == pytest.approx(expected, rel=1e-12)
+    report = measure(model, randomize=True)
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    expected = measure(model, randomize=True)
+    assert report.scalars() == pytest.approx(expected.scalars(), rel=1e-12)
+    assert [x.name for x in report] == [x.name for x in expected]
 
 
 def test_nothing_of_the_model_changes():
@@ -187,14 +217,7 @@ def test_nothing_of_the_model_changes():
     assert all(p.grad is None for p in model.parameters() if p is not model.fc.weight)
 
 
-POWER_STEP = pytest.mark.xfail(
-    strict=True, reason="reading the weight in training mode runs a power iteration on _u and _v"
-)
-
-
-@pytest.mark.parametrize(
-    "kind", ["weight_norm", "orthogonal", pytest.param("spectral_norm", marks=POWER_STEP)]
-)
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_nothing_of_a_parametrized_model_changes(kind):
     parametrize = getattr(torch.nn.utils.parametrizations, kind)
     model = nn.Sequential(parametrize(nn.Linear(12, 10))).train()
@@ -223,7 +246,7 @@ def test_no_global_generator_is_used():
     ],
     ids=["autocast", "inference mode", "enable grad", "default device"],
 )
-def test_the_numbers_do_not_depend_on_the_surrounding_context(context):
+def test_the_numbers_do_not_depend_on_the_surrounding_context(context, threads):
     model = zoo()
     expected = measure(model, randomize=True).scalars()
     with context():
@@ -289,6 +312,15 @@ def layer_with(alpha):
     return measure(w)["W"]
 
 
+def test_a_short_tail_and_a_poor_fit_are_named():
+    clusters = torch.diag(torch.tensor([1.0] * 10 + [2.0] * 10 + [50.0] * 4))
+    layer = measure(clusters)["W"]
+    assert layer.fit.D > 0.1
+    assert f"poor fit (D {layer.fit.D:.2f})" in layer.warning
+    short = measure(clusters[10:, 10:])["W"]
+    assert (short.fit.num_pl_spikes < 10) == ("tail of" in short.warning)
+
+
 @pytest.mark.parametrize(
     ("alpha", "verdict", "warning"),
     [
@@ -348,7 +380,7 @@ def test_dataframe_has_one_row_a_layer_and_nan_for_what_is_missing():
     assert frame["alpha"].isna().tolist() == [False, True]
     assert frame["status"].tolist() == ["success", "failed"]
     assert frame.attrs["skipped"] == {"tiny": "3 eigenvalues, fewer than min_evals=8"}
-    texts = {"name", "longname", "layer_type", "status", "warning"}
+    texts = {"name", "longname", "layer_type", "status", "warning", "trap_causes"}
     for column in set(frame.columns) - texts:
         assert frame[column].dtype.kind in "iufb", column
     values = frame[[c for c in frame.columns if frame[c].dtype.kind == "f"]]
@@ -391,3 +423,164 @@ def test_the_fit_is_that_of_the_eigenvalues_above_rounding():
     assert layer.spectrum.matrix_rank == 20
     assert layer.alpha == pytest.approx(expected.alpha, rel=1e-9)
     assert layer.fit.num_pl_spikes == expected.num_pl_spikes <= 20
+
+
+def encoder():
+    """Two dense layers, a convolution and an embedding with dotted names."""
+    blocks = {f"block{i}": nn.ModuleDict({"fc": nn.Linear(20, 12)}) for i in range(2)}
+    blocks["conv"] = nn.Conv2d(12, 16, 2)
+    blocks["embed"] = nn.Embedding(30, 12)
+    return nn.ModuleDict(blocks)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"layers": "block0.fc"}, ["block0.fc"]),
+        ({"layers": "block*"}, ["block0.fc", "block1.fc"]),
+        ({"layers": ["embed", 0]}, ["block0.fc", "embed"]),
+        ({"layers": -1}, ["embed"]),
+        ({"layers": "-block*"}, ["conv", "embed"]),
+        ({"layers": ["block*", "-block0.fc"]}, ["block1.fc"]),
+        ({"layers": re.compile(r"1|em")}, ["block1.fc", "embed"]),
+        ({"types": "conv2d"}, ["conv"]),
+        ({"types": ("dense", "embedding")}, ["block0.fc", "block1.fc", "embed"]),
+        ({"layers": "block1*", "types": "dense"}, ["block1.fc"]),
+    ],
+    ids=str,
+)
+def test_layers_are_chosen_and_keep_their_ids(options, names):
+    model = encoder()
+    chosen = measure(model, **options)
+    assert [x.name for x in chosen] == names
+    assert chosen.skipped == ()
+    everything = measure(model)
+    assert [x.layer_id for x in chosen] == [everything[name].layer_id for name in names]
+    assert [numbers(x) for x in chosen] == [numbers(everything[name]) for name in names]
+    assert describe(model, **options)["longname"].tolist() == names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": "block0.fd"}, r"no layer matches 'block0.fd'; did you mean 'block0.fc'"),
+        ({"layers": 4}, r"no layer 4.*4 layers"),
+        ({"types": "conv3d"}, r"no layer is of type conv3d; the types here are conv2d, dense"),
+    ],
+)
+def test_a_layer_that_does_not_exist_is_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        measure(encoder(), **options)
+
+
+def test_slices_can_be_measured_one_by_one():
+    conv = nn.Conv2d(16, 24, (1, 2))
+    report = measure(nn.ModuleDict({"conv": conv}), pool=False)
+    assert [x.name for x in report] == ["conv[0]", "conv[1]"]
+    for i, layer in enumerate(report):
+        expected = evals_by_svd(conv.weight.detach()[:, :, 0, i], scale=0.5**0.5)
+        np.testing.assert_allclose(layer.spectrum.evals, expected, rtol=1e-9)
+    rows = [layer.to_dict() for layer in report]
+    assert [(r["longname"], r["slice_id"], r["rf"]) for r in rows] == [
+        ("conv", 0, 1),
+        ("conv", 1, 1),
+    ]
+
+
+def test_differences_to_a_base_model():
+    base, model = encoder(), encoder()
+    model.load_state_dict(base.state_dict())
+    change = gaussian(12, 20) * 1e-3
+    model["block1"]["fc"].weight.data += change
+    report = measure(model, base_model=base.state_dict())
+    assert [x.name for x in report] == ["block1.fc"]
+    difference = model["block1"]["fc"].weight.double() - base["block1"]["fc"].weight.double()
+    np.testing.assert_allclose(
+        report["block1.fc"].spectrum.evals, evals_by_svd(difference), rtol=1e-7
+    )
+    unchanged = dict.fromkeys(("block0.fc", "conv", "embed"), "identical to the base model")
+    assert {x.name: x.reason for x in report.skipped} == unchanged
+
+
+def test_a_base_model_need_not_have_the_same_layers():
+    model = encoder()
+    base = {"block0.fc.weight": torch.ones(12, 19), "other.weight": torch.ones(12, 20)}
+    reasons = {x.name: x.reason for x in measure(model, base_model=base).skipped}
+    assert "(1, 12, 20) here, (1, 12, 19) in the base" in reasons["block0.fc"]
+    assert reasons["block1.fc"] == "the base model has no layer of this name"
+
+
+def test_the_rank_of_a_low_rank_difference():
+    base = weight(256, 128)
+    update = 0.01 * gaussian(256, 4) @ gaussian(4, 128, 1)
+    assert measure(base + update, base_model=base)["W"].spectrum.matrix_rank == 4
+
+
+def test_the_inverse_spectrum():
+    w = weight()
+    layer = measure(w, inverse=True)["W"]
+    expected = np.sort(1 / evals_by_svd(w))
+    np.testing.assert_allclose(layer.spectrum.evals, expected, rtol=1e-8)
+    assert layer.alpha == pytest.approx(fit_power_law(expected).alpha, rel=1e-7)
+    with pytest.raises(ValueError, match="inverse=True"):
+        measure(w, inverse=True, randomize=True)
+
+
+def test_the_fit_can_be_chosen():
+    w = weight()
+    evals = evals_by_svd(w)
+    given = PowerLaw(drop_top=3)
+    layer = measure(w, fit=given)["W"]
+    assert layer.fit.xmax == pytest.approx(evals[-4], rel=1e-9)
+    assert layer.alpha == pytest.approx(fit_power_law(evals[:-3]).alpha, rel=1e-9)
+    assert measure(w, fit=lambda evals: None)["W"].alpha is None
+
+
+def test_the_random_bulk_of_the_layer_itself():
+    u, v = torch.ones(128) / 128**0.5, torch.ones(64) / 8
+    row = measure(gaussian(128, 64) + 60 * torch.outer(u, v), mp_fit=True)["W"].to_dict()
+    assert row["num_spikes"] == 1
+    assert row["bulk_max"] == pytest.approx((128**0.5 + 8) ** 2, rel=0.1)
+    assert row["mp_softrank"] == pytest.approx(row["bulk_max"] / row["lambda_max"])
+    assert row["W_scale"] == pytest.approx(math.sqrt(64 / row["norm"]))
+
+
+def test_a_limit_on_the_larger_dimension():
+    report = measure(encoder(), max_N=20)
+    assert [x.name for x in report] == ["block0.fc", "block1.fc", "conv"]
+    assert report.skipped[0].reason == "N = 30, more than max_N=20"
+
+
+def test_describe_says_what_would_be_analysed():
+    model = encoder()
+    model["tiny"] = nn.Linear(20, 3)
+    frame = describe(model, max_evals=20).set_index("longname")
+    report = measure(model, max_evals=20)
+    assert frame["skipped"].to_dict() == {
+        **{x.name: "" for x in report},
+        **{x.name: x.reason for x in report.skipped},
+    }
+    for layer in report:
+        row = layer.to_dict()
+        for column in ("layer_id", "layer_type", "N", "M", "Q", "rf", "num_evals"):
+            assert frame[column][layer.name] == row[column]
+
+
+def test_the_esd_of_one_layer_is_that_of_its_report():
+    model = encoder()
+    model["tiny"] = nn.Linear(20, 3)
+    np.testing.assert_array_equal(esd(model, "conv"), measure(model)["conv"].spectrum.evals)
+    np.testing.assert_allclose(esd(model, "tiny"), evals_by_svd(model["tiny"].weight), rtol=1e-9)
+    with pytest.raises(ValueError, match="NaN"):
+        esd(torch.full((9, 9), torch.nan), 0)
+
+
+def test_the_summary_is_the_mean_of_the_layers_that_have_the_number():
+    model = nn.ModuleDict({"a": dense(weight(seed=1)), "flat": dense(torch.ones(30, 20))})
+    model["b"] = dense(weight(seed=2))
+    report = measure(model)
+    summary = report.summary()
+    assert summary["alpha"] == pytest.approx((report["a"].alpha + report["b"].alpha) / 2)
+    norms = [layer.spectrum.log_norm for layer in report]
+    assert summary["log_norm"] == pytest.approx(sum(norms) / 3)
+    assert "mp_softrank" not in summary

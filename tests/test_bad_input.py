@@ -98,11 +98,13 @@ def test_a_weight_without_a_spectrum_is_skipped_with_the_reason(weight, reason, 
         assert reason in reason_of(source, randomize=randomize)
 
 
-def test_quantised_weights_are_skipped():
+def test_quantised_weights_are_measured_by_their_values():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates its own quantised tensors
         quantised = torch.quantize_per_tensor(G, 0.1, 0, torch.qint8)
-    assert "quantised" in reason_of({"a.weight": quantised})
+        values = quantised.dequantize()
+    (layer,) = measure({"a.weight": quantised})
+    np.testing.assert_allclose(layer.spectrum.evals, evals_by_svd(values), rtol=1e-9)
 
 
 def test_a_tensor_subclass_is_skipped_by_its_name():
@@ -112,7 +114,6 @@ def test_a_tensor_subclass_is_skipped_by_its_name():
     assert "Shard" in reason_of({"a.weight": G.as_subclass(Shard)})
 
 
-@bug("a lazy parameter has one dimension, so that it is passed over before `_unusable` sees it")
 def test_lazy_layers_are_skipped_until_their_first_forward_pass():
     model = nn.Sequential(nn.LazyLinear(20), nn.LazyLinear(10))
     report = measure(model)
@@ -139,7 +140,6 @@ def test_an_unsupported_source_is_a_type_error(source):
         measure(source)
 
 
-@bug("AttributeError: 'int' object has no attribute 'split'")
 def test_a_mapping_whose_keys_are_no_names_is_a_type_error():
     with pytest.raises(TypeError, match=r"(?i)key|name"):
         measure({0: G})
@@ -180,7 +180,6 @@ def test_a_constant_matrix_is_its_own_trap():
     assert measure(torch.full((40, 30), 3.0), randomize=True)["W"].num_traps == 1
 
 
-@bug("alpha is 1e15 (float64), 1e8 (float32), 1e3 (bfloat16): a fit of the rounding errors")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 64), (128, 32)])
 def test_an_orthogonal_matrix_has_no_power_law(dtype, shape):
@@ -188,6 +187,16 @@ def test_an_orthogonal_matrix_has_no_power_law(dtype, shape):
     layer = measure(weight)["W"]
     assert layer.spectrum.stable_rank == pytest.approx(shape[1], rel=1e-2)
     assert layer.alpha is None
+
+
+@bug("alpha is about 4e6: a float32 QR leaves more error than the rounding that the guard expects")
+@pytest.mark.parametrize("shape", [(15, 20), (64, 64), (256, 64)])
+def test_an_orthogonal_initialisation_has_no_power_law(shape):
+    alphas = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        alphas.append(measure(nn.init.orthogonal_(torch.empty(shape)))["W"].alpha)
+    assert alphas == [None] * 10
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-40, 1e-30, 1e30, 1e36])
@@ -224,13 +233,15 @@ def test_extreme_scales_of_float64_keep_the_numbers_or_are_skipped(scale):
         assert "overflow" in skipped.reason
 
 
-@bug('skipped as "all weights are zero", which they are not')
+@bug("RuntimeWarning: overflow encountered in reduce, and infinite norms")
+def test_finite_eigenvalues_with_an_infinite_sum_are_an_overflow():
+    weight = torch.eye(30, dtype=torch.float64) * 1.2e154
+    assert "overflow" in reason_of(weight)
+
+
 def test_weights_whose_squares_underflow_are_not_called_zero():
-    report = measure(G.double() * 1e-170)
-    assert [x.reason for x in report.skipped if x.reason == "all weights are zero"] == []
+    assert "so small that their squares are" in reason_of(G.double() * 1e-170)
 
-
-NUMPY = "torch.from_numpy does not take it"
 
 ARRAYS = {
     "strided": G.double().numpy()[::2],
@@ -240,6 +251,7 @@ ARRAYS = {
     "reversed columns": G.double().numpy()[:, ::-1],
     "big-endian": G.double().numpy().astype(">f8"),
     "read-only": np.frombuffer(G.double().numpy().tobytes()).reshape(40, 30),
+    "longdouble": G.numpy().astype(np.longdouble),
 }
 
 
@@ -253,11 +265,7 @@ def _every_warning():
 
 
 @pytest.mark.usefixtures("_every_warning")
-@pytest.mark.parametrize(
-    "name",
-    ["strided", "Fortran", "half"]
-    + [known(n, NUMPY) for n in ("reversed rows", "reversed columns", "big-endian", "read-only")],
-)
+@pytest.mark.parametrize("name", ARRAYS)
 @pytest.mark.parametrize("in_state_dict", [False, True])
 def test_numpy_arrays_of_any_layout(name, in_state_dict):
     array = ARRAYS[name]
@@ -273,9 +281,8 @@ def test_numpy_arrays_of_any_layout(name, in_state_dict):
         7,
         [G],
         {"weight": G},
-        known(np.array([["x"]]), NUMPY),
-        known(np.full((9, 9), None), NUMPY),
-        known(G.numpy().astype(np.longdouble), NUMPY),
+        np.array([["x"]]),
+        np.full((9, 9), None),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -300,10 +307,7 @@ def test_a_nan_in_one_slice_of_a_convolution_spoils_the_layer():
     assert "NaN" in reason_of(nn.Sequential(conv))
 
 
-SILENT = "an empty report without a word"
-
-
-@pytest.mark.parametrize("shape", [known((30,), SILENT), known((), SILENT), (2, 3, 4, 5, 6, 7)])
+@pytest.mark.parametrize("shape", [(30,), (), (2, 3, 4, 5, 6, 7)])
 def test_a_tensor_that_is_no_matrix_is_not_lost_without_a_word(shape):
     try:
         report = measure(torch.ones(shape))

@@ -2,8 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from ww_train import linalg
-from ww_train.linalg import eigenvalues, gram, gram_eigenvalues
+from ww_train import linalg, measure
+from ww_train.linalg import (
+    Job,
+    decompose,
+    float32_eigenvalues,
+    gram,
+    gram_eigenvalues,
+    svd_eigenvalues,
+    symmetric_eigenvalues,
+)
 from ww_train.matrices import weight_matrices
 
 from .oracles import evals_by_svd, gaussian, orthogonal
@@ -14,7 +22,11 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def evals_of(weight):
     (matrix,) = weight_matrices(weight)
-    return eigenvalues(matrix).numpy()
+    return gram_eigenvalues(matrix.stack).flatten().numpy()
+
+
+def job(*stacks):
+    return Job(lambda: stacks, min(stacks[0].shape[1:]), stacks[0].device)
 
 
 def stack_of(*shape, seed=0):
@@ -72,27 +84,78 @@ def test_gram_leaves_the_weights_alone():
 def test_slices_are_pooled_and_scaled():
     weight = stack_of(12, 10, 3, 3)
     slices = [weight[:, :, i, j] for i in range(3) for j in range(3)]
-    (matrix,) = weight_matrices({"conv.weight": weight})
-    np.testing.assert_allclose(
-        eigenvalues(matrix).numpy(), evals_by_svd(*slices, scale=0.5**0.5), rtol=1e-11, atol=1e-12
-    )
+    layer = measure({"conv.weight": weight})["conv"]
+    expected = evals_by_svd(*slices, scale=0.5**0.5)
+    np.testing.assert_allclose(layer.spectrum.evals, expected, rtol=1e-11, atol=1e-12)
 
 
-def test_a_batch_gives_what_each_stack_gives_alone():
-    grams = [gram(stack_of(rf, 30, 12, seed=rf)) for rf in (1, 4, 2)]
-    together = gram_eigenvalues(grams)
-    assert [len(e) for e in together] == [12, 48, 24]
-    for single, evals in zip(grams, together, strict=True):
-        (alone,) = gram_eigenvalues([single])
-        np.testing.assert_allclose(evals.numpy(), alone.numpy(), rtol=1e-13, atol=1e-13)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("large", [1, 1024])
+def test_many_layers_give_what_each_gives_alone(monkeypatch, threads, large):
+    monkeypatch.setattr(linalg, "LARGE", large)
+    stacks = [stack_of(rf, 30, 12, seed=rf) for rf in (1, 4, 2)]
+    before, calls = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        together = decompose(
+            [job(stacks[0]), job(*stacks[1:2] * 2), job(stacks[2])], done=lambda: calls.append(1)
+        )
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(calls) == 3
+    assert [[len(e) for e in evals] for evals in together] == [[12], [48, 48], [24]]
+    for stack, evals in zip(stacks, together, strict=True):
+        alone = gram_eigenvalues(stack).flatten().sort().values
+        np.testing.assert_allclose(evals[0].numpy(), alone.numpy(), rtol=1e-12, atol=1e-13)
+
+
+def test_an_accelerator_gets_batches_of_one_size(monkeypatch):
+    # the bookkeeping of batches, on the only device here: three sizes, a budget of two matrices
+    monkeypatch.setattr(linalg, "BATCH_BYTES", 2 * 8 * 12 * 12)
+    stacks = [stack_of(1, 30, M, seed=i) for i, M in enumerate((12, 9, 12, 12, 9, 5))]
+    results = [[] for _ in stacks]
+    linalg._batched([job(s) for s in stacks], list(range(6)), results, bool)
+    for stack, (evals,) in zip(stacks, results, strict=True):
+        alone = gram_eigenvalues(stack).flatten()
+        np.testing.assert_allclose(evals.numpy(), alone.numpy(), rtol=1e-12, atol=1e-13)
+
+
+def test_an_error_in_one_layer_reaches_the_caller_and_restores_the_threads():
+    def fails():
+        raise KeyError("weights")
+
+    threads = torch.get_num_threads()
+    jobs = [job(stack_of(1, 30, 12)), Job(fails, 12, torch.device("cpu"))]
+    with pytest.raises(KeyError, match="weights"):
+        decompose(jobs)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_exact_solver_resolves_what_a_gram_matrix_cannot():
+    svals = np.geomspace(1.0, 1e-12, 20)
+    weight = orthogonal(40)[:, :20] * torch.from_numpy(svals) @ orthogonal(20)
+    exact = svd_eigenvalues(weight[None]).flatten().numpy()
+    np.testing.assert_allclose(np.sqrt(exact), svals[::-1], rtol=1e-3)
+    by_gram = gram_eigenvalues(weight[None]).flatten().numpy()
+    assert abs(np.sqrt(by_gram[0]) / svals[-1] - 1) >= 1  # clamped to zero, or far too large
+
+
+def test_the_fast_solver_is_good_to_single_precision():
+    stack = stack_of(2, 64, 40)
+    exact = gram_eigenvalues(stack)
+    fast = float32_eigenvalues(stack)
+    assert fast.dtype == torch.float64
+    assert (fast / exact - 1).abs().max() < 1e-3
+    assert not torch.equal(fast, exact)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_matrix_spoils_only_itself(bad):
-    good, broken = gram(stack_of(1, 30, 12)), gram(stack_of(1, 30, 12, seed=1))
-    (expected,) = gram_eigenvalues([good])
-    broken[0, 3, 4] = bad
-    first, middle, last = gram_eigenvalues([good, broken, good])
+    good, broken = gram(stack_of(1, 30, 12))[0], gram(stack_of(1, 30, 12, seed=1))[0]
+    expected = symmetric_eigenvalues(good[None])[0]
+    broken[3, 4] = bad
+    first, middle, last = symmetric_eigenvalues(torch.stack([good, broken, good]))
     assert middle.isnan().all()
     assert torch.equal(first, expected)
     assert torch.equal(last, expected)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from ww_train.matrices import Skipped, WeightMatrix, layer_name, weight_matrices
 
@@ -144,10 +144,6 @@ def test_plain_recurrent_weights_are_not_split(layer, from_state_dict):
     assert [m.stack.shape for m in found] == [(1, 12, 11), (1, 12, 12)]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="`_hidden_size` looks up weight_ih instead of weight_hh where there is no prefix",
-)
 @pytest.mark.parametrize("layer", [nn.LSTM(10, 12), nn.LSTM(16, 12), nn.GRU(10, 12)])
 def test_recurrent_layer_at_the_root_of_a_state_dict(layer):
     assert names(layer.state_dict()) == names(layer)
@@ -200,6 +196,30 @@ def test_parametrized_weight_is_the_effective_one_and_read_only(layer, weight):
     assert "parametrization" in matrix.read_only
     flat = layer.weight.detach().flatten(2) if layer.weight.ndim > 2 else layer.weight[..., None]
     assert as_set(matrix.stack) == as_set(flat.unbind(-1))
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "prune"])
+def test_a_weight_computed_by_a_hook_is_the_effective_one_and_read_only(kind):
+    layer = nn.Linear(12, 10).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates the first two
+        if kind == "prune":
+            layer = prune.random_unstructured(layer, "weight", 0.5)
+        else:
+            layer = getattr(nn.utils, kind)(layer)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    (matrix,) = matrices(nn.Sequential(layer))
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    assert matrix.name == "0"
+    assert "hook" in matrix.read_only
+    layer.eval()(torch.ones(1, 12))  # evaluation mode: the spectral norm is not advanced
+    torch.testing.assert_close(matrix.stack[0], layer.weight.detach())
+
+
+def test_a_normalisation_over_two_dimensions_is_no_matrix():
+    model = nn.Sequential(nn.LayerNorm((12, 10)))
+    assert names(model) == []
+    assert "normalisation" in skipped(model)["0"]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,6 @@ def test_the_peer_reads_the_layers_of_the_theory(peer, shape):
     assert_peer_reads(peer(project_all(nn.Sequential(dense(gaussian(*shape))))), 1)
 
 
-@pytest.mark.xfail(strict=True, reason="a bulk that touches the tail is read as part of it")
 @pytest.mark.parametrize(
     "weight",
     [gaussian(64, 20, seed=9), gaussian(32, 32), heavy_weight(48, 48, seed=2), orthogonal(128)],
@@ -116,7 +115,7 @@ def test_the_peer_reads_the_untouched_weights_differently(peer):
 def test_a_general_target_is_read_back(matrix, shape, alpha):
     weight, done = project(matrix(*shape).double(), alpha=alpha)
     evals = evals_by_svd(weight)
-    # the bulk of alpha 1.5 comes close enough to the tail to be taken for a part of it
+    # at 1.5 there are one or two tail sizes, and the bulk may be taken for a part of the tail
     width = 0.02 if alpha == 1.5 else 1e-4
     assert fit_power_law(evals).alpha == pytest.approx(alpha, abs=width)
     assert done.alpha == pytest.approx(alpha, abs=width)

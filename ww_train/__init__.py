@@ -1,23 +1,38 @@
 """Watch and steer the weight spectra of PyTorch networks while they train."""
 
-from ww_train.analysis import LayerReport, Report, analyze, measure
+from ww_train.analysis import analyze, describe, esd, measure
+from ww_train.fingers import ClipXmax, XminPeak
+from ww_train.kernel_mp import KernelMP
+from ww_train.marchenko_pastur import EnergyMP
 from ww_train.matrices import Skipped, WeightMatrix, weight_matrices
 from ww_train.optim import WWPGD, Ramp
+from ww_train.power_law import PowerLaw, fit_power_law
 from ww_train.projection import ManifoldProjection, Projected, Projection
+from ww_train.report import LayerReport, Report
+from ww_train.truncated import TruncatedPowerLaw
 
 __version__ = "0.1.0"
 
 __all__ = [
     "WWPGD",
+    "ClipXmax",
+    "EnergyMP",
+    "KernelMP",
     "LayerReport",
     "ManifoldProjection",
+    "PowerLaw",
     "Projected",
     "Projection",
     "Ramp",
     "Report",
     "Skipped",
+    "TruncatedPowerLaw",
     "WeightMatrix",
+    "XminPeak",
     "analyze",
+    "describe",
+    "esd",
+    "fit_power_law",
     "measure",
     "weight_matrices",
 ]

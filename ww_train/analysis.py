@@ -3,255 +3,74 @@
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ww_train.erg import ErgTail, erg_tail
-from ww_train.linalg import gram, gram_eigenvalues
-from ww_train.matrices import Skipped, Source, WeightMatrix, weight_matrices
-from ww_train.power_law import OVER_TRAINED, PowerLawFit, fit_power_law
+from ww_train.confidence import confidence
+from ww_train.divergence import jensen_shannon_distance
+from ww_train.erg import erg_tail
+from ww_train.linalg import Eigensolver, Job, decompose, gram_eigenvalues
+from ww_train.localization import vector_metrics
+from ww_train.marchenko_pastur import BulkFit, fit_mp
+from ww_train.matrices import Skipped, Source, WeightMatrix, delta, slices, weight_matrices
+from ww_train.power_law import TailFit, fit_power_law
+from ww_train.report import LayerReport, Report
+from ww_train.selection import Layers, select
 from ww_train.spectrum import Array, Spectrum
-from ww_train.traps import Traps, count_traps, shuffle
+from ww_train.traps import average_traps, count_traps, shuffle, trap_causes
 
 if TYPE_CHECKING:
     import pandas as pd
-
-BATCH_BYTES = 1 << 28
-"""Gram matrices that may wait for others of their size before they are decomposed."""
-
-CRITICAL_WIDTH = 0.1
-"""Half-width of "critical" around alpha = 2: the standard error of alpha with 100 eigenvalues."""
-
-
-_TEXT_COLUMNS = ("name", "longname", "layer_type", "status", "warning")
-
-
-@dataclass(frozen=True, eq=False)
-class LayerReport:
-    """Everything measured of one layer. What could not be computed is None.
-
-    Attributes:
-        layer_id: Position of the layer among all matrices of the model, skipped ones included.
-        name: Dotted path of the layer.
-        layer_type: See `ww_train.matrices.WeightMatrix`.
-        spectrum: Eigenvalues, norms, ranks and entropy.
-        fit: Power law of the tail; None if there is none.
-        erg: ERG (trace-log) condition.
-        traps: Correlation traps; None unless measured with `randomize=True`.
-    """
-
-    layer_id: int
-    name: str
-    layer_type: str
-    spectrum: Spectrum
-    fit: PowerLawFit | None
-    erg: ErgTail
-    traps: Traps | None = None
-
-    @property
-    def alpha(self) -> float | None:
-        """Power-law exponent of the tail."""
-        return self.fit.alpha if self.fit else None
-
-    @property
-    def ERG_gap(self) -> int | None:
-        """Eigenvalues in the ERG tail minus those in the power-law tail."""
-        return self.erg.ERG_gap
-
-    @property
-    def trace_log(self) -> float | None:
-        """Trace-log of the power-law tail, mean-one scale; zero at criticality."""
-        return self.erg.trace_log
-
-    @property
-    def num_traps(self) -> int | None:
-        """Number of correlation traps."""
-        return self.traps.num_traps if self.traps else None
-
-    @property
-    def warning(self) -> str:
-        """WeightWatcher's "over-trained" or "under-trained", or why there is no alpha, or ""."""
-        if self.fit:
-            return self.fit.warning
-        return f"no power law in {self.spectrum.matrix_rank} eigenvalues above rounding"
-
-    @property
-    def verdict(self) -> str:
-        """One word: over-trained, critical, well-trained, under-trained or malformed (no fit)."""
-        if self.alpha is None:
-            return "malformed"
-        if abs(self.alpha - OVER_TRAINED) <= CRITICAL_WIDTH:
-            return "critical"
-        return self.warning or "well-trained"
-
-    def to_dict(self) -> dict[str, float | int | str | bool | None]:
-        """The layer as one row with WeightWatcher's column names; randomised ones if measured."""
-        s, fit, erg = self.spectrum, self.fit, self.erg
-        row: dict[str, float | int | str | bool | None] = {
-            "layer_id": self.layer_id,
-            "name": self.name.rpartition(".")[2],
-            "longname": self.name,
-            "layer_type": self.layer_type,
-            "N": s.N,
-            "M": s.M,
-            "Q": s.Q,
-            "rf": s.rf,
-            "num_evals": len(s.evals),
-            "has_esd": True,
-            "alpha": self.alpha,
-            "D": fit.D if fit else None,
-            "sigma": fit.sigma if fit else None,
-            "xmin": fit.xmin if fit else None,
-            "xmax": fit.xmax if fit else None,
-            "num_pl_spikes": fit.num_pl_spikes if fit else None,
-            "alpha_weighted": fit.alpha * s.log_spectral_norm if fit else None,
-            "log_alpha_norm": s.log_alpha_norm(fit.alpha) if fit else None,
-            "detX_num": erg.detX_num,
-            "num_ERG_spikes": erg.detX_num,
-            "detX_val": erg.detX_val,
-            "ERG_gap": erg.ERG_gap,
-            "trace_log": erg.trace_log,
-            "norm": s.norm,
-            "log_norm": s.log_norm,
-            "spectral_norm": s.lambda_max,
-            "log_spectral_norm": s.log_spectral_norm,
-            "stable_rank": s.stable_rank,
-            "matrix_rank": s.matrix_rank,
-            "entropy": s.entropy,
-            "lambda_max": s.lambda_max,
-            "sv_max": s.sv_max,
-            "sv_min": s.sv_min,
-            "rank_loss": s.rank_loss,
-            "weak_rank_loss": s.weak_rank_loss(),
-        }
-        if self.traps:
-            mp = self.traps.mp
-            row |= {
-                "num_traps": self.traps.num_traps,
-                "rand_num_spikes": self.traps.num_traps,
-                "max_rand_eval": self.traps.max_rand_eval,
-                "rand_bulk_min": mp.bulk_min,
-                "rand_bulk_max": mp.bulk_max,
-                "rand_sigma_mp": mp.sigma_mp,
-                "rand_mp_softrank": mp.bulk_max / self.traps.max_rand_eval,
-                "ww_softrank": self.traps.max_rand_eval / s.lambda_max,
-                "ww_maxdist": s.lambda_max - self.traps.max_rand_eval,
-            }
-        row |= {"status": "success" if fit else "failed", "warning": self.warning}
-        return row
-
-
-@dataclass(frozen=True, eq=False)
-class Report:
-    """The layers of a model as measured at one moment, in model order.
-
-    Attributes:
-        layers: One report for each analysed layer.
-        skipped: The matrices that were not analysed, with reasons.
-    """
-
-    layers: tuple[LayerReport, ...]
-    skipped: tuple[Skipped, ...]
-
-    @cached_property
-    def _by_name(self) -> dict[str, LayerReport]:
-        return {layer.name: layer for layer in self.layers}
-
-    def __getitem__(self, name: str) -> LayerReport:
-        if name not in self._by_name:
-            raise KeyError(f"no layer {name!r} was analysed; analysed: {', '.join(self._by_name)}")
-        return self._by_name[name]
-
-    def __iter__(self) -> Iterator[LayerReport]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __repr__(self) -> str:
-        rows = [
-            f"  {layer.name}: alpha {_number(layer.alpha)}, ERG gap {_number(layer.ERG_gap)}, "
-            f"traps {_number(layer.num_traps)}, {layer.verdict}"
-            for layer in self.layers
-        ]
-        rows += [f"  {layer.name}: skipped, {layer.reason}" for layer in self.skipped]
-        return "\n".join([f"Report of {len(self)} layers", *rows])
-
-    def scalars(self) -> dict[str, float]:
-        """The report as tags and numbers for any logger; values that are None are left out.
-
-        Summaries are `ww/alpha_mean`, `ww/alpha_min`, `ww/alpha_max`, `ww/erg_gap_mean` (of the
-        absolute gap), `ww/trace_log_mean` (absolute), `ww/traps_total` and `ww/num_layers`. Layers
-        are `ww_alpha/<layer>`, `ww_erg_gap/<layer>`, `ww_trace_log/<layer>` and `ww_traps/<layer>`,
-        one group a metric.
-        """
-        alphas = [x.alpha for x in self.layers if x.alpha is not None]
-        gaps = [abs(x.ERG_gap) for x in self.layers if x.ERG_gap is not None]
-        logs = [abs(x.trace_log) for x in self.layers if x.trace_log is not None]
-        traps = [x.num_traps for x in self.layers if x.num_traps is not None]
-        tags: dict[str, float] = {"ww/num_layers": float(len(self))}
-        if alphas:
-            tags["ww/alpha_mean"] = statistics.fmean(alphas)
-            tags["ww/alpha_min"] = min(alphas)
-            tags["ww/alpha_max"] = max(alphas)
-        if gaps:
-            tags["ww/erg_gap_mean"] = statistics.fmean(gaps)
-        if logs:
-            tags["ww/trace_log_mean"] = statistics.fmean(logs)
-        if traps:
-            tags["ww/traps_total"] = float(sum(traps))
-        for layer in self.layers:
-            for metric, value in (
-                ("alpha", layer.alpha),
-                ("erg_gap", layer.ERG_gap),
-                ("trace_log", layer.trace_log),
-                ("traps", layer.num_traps),
-            ):
-                if value is not None:
-                    tags[f"ww_{metric}/{layer.name}"] = float(value)
-        return tags
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row a layer, WeightWatcher's column names, NaN for None.
-
-        `frame.attrs["skipped"]` maps the layers that were not analysed to the reasons.
-        """
-        import pandas as pd
-
-        rows = [layer.to_dict() for layer in self.layers]
-        frame = pd.DataFrame(rows, columns=list(rows[0]) if rows else ["layer_id", "longname"])
-        for column in frame.columns:
-            if frame[column].dtype == object and column not in _TEXT_COLUMNS:
-                frame[column] = frame[column].astype(float)  # None becomes NaN
-        frame.attrs["skipped"] = {layer.name: layer.reason for layer in self.skipped}
-        return frame
 
 
 def measure(
     model: Source,
     *,
-    randomize: bool = False,
+    layers: Layers = None,
+    types: str | tuple[str, ...] = (),
+    base_model: Source | None = None,
+    pool: bool = True,
+    inverse: bool = False,
+    fit: TailFit = fit_power_law,
+    mp_fit: bool | BulkFit = False,
+    randomize: int = False,
+    vectors: bool = False,
+    replicates: int = 0,
     seed: int = 0,
     min_evals: int = 8,
     max_evals: int | None = 15000,
+    max_N: int | None = None,
+    eigensolver: Eigensolver = gram_eigenvalues,
     progress: bool = False,
 ) -> Report:
     """Measure the spectrum of every layer of a model. Changes nothing, uses no global generator.
 
     Args:
         model: A module, a state dict or a single matrix (Tensor or ndarray), on any device.
-        randomize: Also shuffle each matrix and count its correlation traps; about doubles the cost.
-        seed: Seed of the shuffles.
+        layers: Which layers, by name, glob, regular expression or position (`ww_train.selection`).
+        types: Which types of layers, such as "dense" or "conv2d".
+        base_model: Measure the difference to this model's layers of the same names instead.
+        pool: Pool the slices of a convolution into one spectrum; otherwise each is a layer.
+        inverse: Measure the spectrum of the inverse, 1/lambda, of the positive eigenvalues.
+        fit: How to fit the tail: `fit_power_law`, `PowerLaw(...)`, `ClipXmax(...)`, `XminPeak(...)`,
+            `TruncatedPowerLaw()` or a function of your own.
+        mp_fit: Also fit the random bulk: True for `fit_mp`, or `KernelMP()` and the like.
+        randomize: Also shuffle each matrix and count its correlation traps, and name their causes;
+            about doubles the cost. A number of shuffles above one adds the average over them.
+        vectors: Also measure the localisation of the eigenvectors; about quadruples the cost.
+        replicates: Also give alpha a bootstrap interval and a p-value from this many replicates.
+        seed: Seed of the shuffles and the bootstrap.
         min_evals: Layers with fewer eigenvalues are skipped.
         max_evals: Layers with more are skipped; None for no limit.
+        max_N: Layers whose larger dimension is above are skipped; None for no limit.
+        eigensolver: Arithmetic: `ww_train.linalg.gram_eigenvalues`, `svd_eigenvalues` (exact for tiny
+            eigenvalues) or `float32_eigenvalues` (fast, rough).
         progress: Show a progress bar on standard error if it is a terminal.
 
     Returns:
@@ -259,57 +78,81 @@ def measure(
 
     Raises:
         TypeError: If `model` is none of the accepted kinds.
+        ValueError: If a layer or type that was asked for does not exist, or options contradict.
 
     Cost: for an N x M layer `N M² + (4/3) M³` float64 operations on the layer's device, twice that
-    with `randomize`; one copy of all eigenvalues to the host.
+    with `randomize`; see `ww_train.linalg.decompose` for how they are scheduled.
     """
+    if inverse and (randomize or mp_fit or vectors):
+        raise ValueError(
+            "inverse=True has no random bulk, traps or vectors; measure them without it"
+        )
     skipped: list[tuple[int, Skipped]] = []
-    spectra = _Spectra()
-    found = list(enumerate(weight_matrices(model)))
-    with torch.no_grad(), tqdm(found, unit="layer", delay=1, disable=not progress or None) as bar:
-        for layer_id, matrix in bar:
-            bar.set_postfix_str(matrix.name, refresh=False)
-            if isinstance(matrix, WeightMatrix):
-                matrix = _within(matrix, min_evals, max_evals)
-            if isinstance(matrix, Skipped):
-                skipped.append((layer_id, matrix))
+    plans: list[_Plan] = []
+    base = None if base_model is None else _by_name(base_model, pool)
+    for layer_id, matrix in _selected(model, layers, types):
+        for part in [matrix] if pool or isinstance(matrix, Skipped) else slices(matrix):
+            plan = _plan(layer_id, part, base, min_evals, max_evals, max_N)
+            if isinstance(plan, Skipped):
+                skipped.append((layer_id, plan))
             else:
-                spectra.add(layer_id, matrix, seed if randomize else None)
-    layers: list[LayerReport] = []
-    for pending, evals, shuffled in spectra.collect():
-        reason = _malformed(evals)
-        if reason is not None:
-            skipped.append((pending.layer_id, Skipped(pending.name, reason)))
-        else:
-            layers.append(_report(pending, evals, shuffled, seed))
+                plans.append(plan)
+    jobs = [plan.job(range(seed, seed + int(randomize))) for plan in plans]
+    bar = tqdm(total=len(jobs), unit="layer", delay=1, disable=not progress or None)
+    with bar, torch.no_grad():
+        spectra = decompose(jobs, eigensolver, bar.update)
+        measured: list[LayerReport] = []
+        for plan, evals in zip(plans, spectra, strict=True):
+            reason = _malformed(evals[0], plan.base)
+            if reason is not None:
+                skipped.append((plan.layer_id, Skipped(plan.matrix.name, reason)))
+                continue
+            own, *shuffled = (plan.spectrum(e.numpy()) for e in evals)
+            own = own.inverse() if inverse else own
+            tail = fit(own.positive)
+            if tail and (tail.alpha - 1.0) * own.resolution > 1.0:
+                tail = None  # all of the tail is one eigenvalue, spread by rounding
+            report = LayerReport(
+                plan.layer_id,
+                plan.matrix.name,
+                plan.matrix.layer_type,
+                own,
+                tail,
+                erg_tail(own, tail),
+                slice_id=plan.matrix.slice_id,
+            )
+            if mp_fit:
+                report = replace(report, mp=(fit_mp if mp_fit is True else mp_fit)(own))
+            if shuffled:
+                traps = [count_traps(spectrum, seed + i) for i, spectrum in enumerate(shuffled)]
+                report = replace(
+                    report,
+                    traps=traps[0],
+                    trap_average=average_traps(traps) if len(traps) > 1 else None,
+                    trap_causes=trap_causes(plan.weights(), traps[0].mp)
+                    if traps[0].num_traps
+                    else (),
+                    rand_distance=jensen_shannon_distance(own.evals, shuffled[0].evals),
+                )
+            if vectors:
+                xmin = tail.xmin if tail else math.inf
+                report = replace(report, localization=vector_metrics(plan.weights(), xmin))
+            if replicates and tail:
+                sure = confidence(own.positive, fit, replicates=replicates, seed=seed)
+                report = replace(report, confidence=sure)
+            measured.append(report)
     return Report(
-        tuple(sorted(layers, key=lambda layer: layer.layer_id)),
-        tuple(layer for _, layer in sorted(skipped, key=lambda pair: pair[0])),
+        tuple(measured), tuple(layer for _, layer in sorted(skipped, key=lambda pair: pair[0]))
     )
 
 
-def analyze(
-    model: Source,
-    *,
-    randomize: bool = False,
-    seed: int = 0,
-    min_evals: int = 8,
-    max_evals: int | None = 15000,
-    progress: bool = True,
-) -> pd.DataFrame:
+def analyze(model: Source, *, progress: bool = True, **options: Any) -> pd.DataFrame:
     """Measure a model and return a pandas DataFrame with WeightWatcher's column names.
 
-    Takes the arguments of `measure`; the ERG columns are always there. Skipped layers and the
+    Takes all the arguments of `measure`. The ERG columns are always there. Skipped layers and the
     reasons are in `frame.attrs["skipped"]`; if nothing could be analysed a warning lists them.
     """
-    report = measure(
-        model,
-        randomize=randomize,
-        seed=seed,
-        min_evals=min_evals,
-        max_evals=max_evals,
-        progress=progress,
-    )
+    report = measure(model, progress=progress, **options)
     if not report.layers:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.skipped)
         warnings.warn(
@@ -318,98 +161,142 @@ def analyze(
     return report.to_dataframe()
 
 
+def describe(
+    model: Source,
+    *,
+    layers: Layers = None,
+    types: str | tuple[str, ...] = (),
+    min_evals: int = 8,
+    max_evals: int | None = 15000,
+    max_N: int | None = None,
+) -> pd.DataFrame:
+    """What `analyze` would analyse, without decomposing anything.
+
+    Takes the arguments of `measure` that choose layers.
+
+    Returns:
+        One row for each matrix: layer_id, longname, layer_type, N, M, Q, rf, num_evals, and `skipped`,
+        the reason why it would not be analysed or "".
+    """
+    import pandas as pd
+
+    rows = []
+    for layer_id, matrix in _selected(model, layers, types):
+        plan = _plan(layer_id, matrix, None, min_evals, max_evals, max_N)
+        row = {"layer_id": layer_id, "longname": matrix.name}
+        if isinstance(matrix, WeightMatrix):
+            row |= {
+                "layer_type": matrix.layer_type,
+                "N": matrix.N,
+                "M": matrix.M,
+                "Q": matrix.N / matrix.M,
+                "rf": matrix.rf,
+                "num_evals": matrix.num_evals,
+            }
+        rows.append(row | {"skipped": plan.reason if isinstance(plan, Skipped) else ""})
+    return pd.DataFrame(rows)
+
+
+def esd(model: Source, layer: str | int) -> Array:
+    """The eigenvalues of one layer, ascending: WeightWatcher's `get_ESD`.
+
+    Args:
+        model: As in `measure`.
+        layer: Name or position; layers below `min_evals` can be had too.
+
+    Raises:
+        ValueError: If there is no such layer or it cannot be decomposed; says why.
+    """
+    report = measure(model, layers=layer, min_evals=1, max_evals=None)
+    if not report.layers:
+        raise ValueError(f"layer {layer!r}: {report.skipped[0].reason}")
+    return report.layers[0].spectrum.evals
+
+
 @dataclass(frozen=True, eq=False)
-class _Pending:
-    """What is kept of a layer while its eigenvalues are computed: not the weights."""
+class _Plan:
+    """One layer to decompose; a difference to a base model is taken when its turn comes."""
 
     layer_id: int
-    name: str
-    layer_type: str
-    N: int
-    M: int
-    rf: int
-    eps: float
+    matrix: WeightMatrix
+    base: WeightMatrix | None
+
+    def weights(self) -> WeightMatrix:
+        return self.matrix if self.base is None else delta(self.matrix, self.base)
+
+    def job(self, seeds: range) -> Job:
+        def stacks() -> Iterator[Tensor]:
+            stack = self.weights().stack
+            yield stack
+            for seed in seeds:
+                yield shuffle(stack, seed, self.matrix.name)
+
+        return Job(stacks, self.matrix.M, self.matrix.stack.device)
+
+    def spectrum(self, evals: Array) -> Spectrum:
+        m = self.matrix
+        eps = torch.finfo(m.stack.dtype).eps
+        if self.base is not None and evals.sum() > 0.0:
+            # the difference carries the rounding of the weights, which are larger
+            eps *= float(m.stack.to(torch.float64).norm()) / math.sqrt(evals.sum())
+        return Spectrum(evals * m.scale**2, m.N, m.M, m.rf, eps)
 
 
-class _Spectra:
-    """Gram matrices waiting for others of their size, and the eigenvalues computed so far."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[tuple[int, torch.device], list[tuple[_Pending, list[Tensor]]]] = {}
-        self._bytes = 0
-        self._done: list[tuple[_Pending, list[Tensor]]] = []
-
-    def add(self, layer_id: int, matrix: WeightMatrix, seed: int | None) -> None:
-        stack, name = matrix.stack, matrix.name
-        eps = torch.finfo(stack.dtype).eps
-        N, M, rf = matrix.N, matrix.M, matrix.rf
-        pending = _Pending(layer_id, name, matrix.layer_type, N, M, rf, eps)
-        grams = [gram(stack, matrix.scale)]
-        if seed is not None:
-            grams.append(gram(shuffle(stack, seed, name), matrix.scale))
-        self._waiting.setdefault((M, stack.device), []).append((pending, grams))
-        self._bytes += sum(g.nbytes for g in grams)
-        if self._bytes > BATCH_BYTES:
-            self._decompose()
-
-    def _decompose(self) -> None:
-        for bucket in self._waiting.values():
-            flat = iter(gram_eigenvalues([g for _, grams in bucket for g in grams]))
-            self._done += [(pending, [next(flat) for _ in grams]) for pending, grams in bucket]
-        self._waiting.clear()
-        self._bytes = 0
-
-    def collect(self) -> Iterator[tuple[_Pending, Array, Array | None]]:
-        """Eigenvalues of every layer and of its shuffle, after one copy to the host a device."""
-        self._decompose()
-        by_device: dict[torch.device, list[tuple[_Pending, list[Tensor]]]] = {}
-        for pending, evals in self._done:
-            by_device.setdefault(evals[0].device, []).append((pending, evals))
-        for entries in by_device.values():
-            flat = [e for _, evals in entries for e in evals]
-            host = iter(torch.split(torch.cat(flat).cpu(), [len(e) for e in flat]))
-            for pending, evals in entries:
-                arrays = [next(host).numpy() for _ in evals]
-                yield pending, arrays[0], arrays[1] if len(arrays) > 1 else None
+def _selected(
+    model: Source, layers: Layers, types: str | tuple[str, ...]
+) -> Iterator[tuple[int, WeightMatrix | Skipped]]:
+    found = list(weight_matrices(model))
+    if layers is None and not types:
+        yield from enumerate(found)
+        return
+    kinds = [m.layer_type if isinstance(m, WeightMatrix) else "skipped" for m in found]
+    names = [m.name for m in found]
+    for i, chosen in enumerate(select(list(zip(names, kinds, strict=True)), layers, types)):
+        if chosen:
+            yield i, found[i]
 
 
-def _within(matrix: WeightMatrix, low: int, high: int | None) -> WeightMatrix | Skipped:
-    num = matrix.num_evals
-    if num < low:
-        return Skipped(matrix.name, f"{num} eigenvalues, fewer than min_evals={low}")
-    if high is not None and num > high:
-        return Skipped(matrix.name, f"{num} eigenvalues, more than max_evals={high}")
-    return matrix
+def _by_name(model: Source, pool: bool) -> dict[str, WeightMatrix]:
+    found = [m for m in weight_matrices(model) if isinstance(m, WeightMatrix)]
+    return {part.name: part for m in found for part in ([m] if pool else slices(m))}
 
 
-def _malformed(evals: Array) -> str | None:
+def _plan(
+    layer_id: int,
+    matrix: WeightMatrix | Skipped,
+    base: dict[str, WeightMatrix] | None,
+    min_evals: int,
+    max_evals: int | None,
+    max_N: int | None,
+) -> _Plan | Skipped:
+    if isinstance(matrix, Skipped):
+        return matrix
+    name, num = matrix.name, matrix.num_evals
+    if num < min_evals:
+        return Skipped(name, f"{num} eigenvalues, fewer than min_evals={min_evals}")
+    if max_evals is not None and num > max_evals:
+        return Skipped(name, f"{num} eigenvalues, more than max_evals={max_evals}")
+    if max_N is not None and max_N < matrix.N:
+        return Skipped(name, f"N = {matrix.N}, more than max_N={max_N}")
+    if base is None:
+        return _Plan(layer_id, matrix, None)
+    partner = base.get(name)
+    if partner is None:
+        return Skipped(name, "the base model has no layer of this name")
+    if partner.stack.shape != matrix.stack.shape:
+        shapes = f"{tuple(matrix.stack.shape)} here, {tuple(partner.stack.shape)} in the base model"
+        return Skipped(name, f"shape {shapes}")
+    return _Plan(layer_id, matrix, partner)
+
+
+def _malformed(evals: Tensor, base: WeightMatrix | None) -> str | None:
     top = float(evals[-1])  # NaN sorts last
     if math.isnan(top):
         return "NaN or infinite weights, or squares that overflow"
     if math.isinf(top):
         return "the eigenvalue solver failed"
-    return "all weights are zero" if top == 0.0 else None
-
-
-def _report(pending: _Pending, evals: Array, shuffled: Array | None, seed: int) -> LayerReport:
-    N, M, rf, eps = pending.N, pending.M, pending.rf, pending.eps
-    spectrum = Spectrum(evals, N, M, rf, eps)
-    fit = fit_power_law(spectrum.positive)
-    traps = None
-    if shuffled is not None:
-        traps = count_traps(Spectrum(shuffled, N, M, rf, eps), seed)
-    return LayerReport(
-        pending.layer_id,
-        pending.name,
-        pending.layer_type,
-        spectrum,
-        fit,
-        erg_tail(spectrum, fit),
-        traps,
-    )
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if top > 0.0:
+        return None
+    if base is not None:
+        return "identical to the base model"
+    return "all weights are zero, or so small that their squares are"

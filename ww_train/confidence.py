@@ -1,6 +1,25 @@
 """How far to trust alpha: bootstrap interval and goodness of fit.
 
-Clauset, Shalizi and Newman, SIAM Review 51 (2009) 661, sections 3.3 and 4.1.
+Clauset, Shalizi and Newman, SIAM Review 51 (2009) 661, sections 3.3 and 4.1. Both treat eigenvalues
+as independent draws, which they are not: they repel. What the numbers then mean was found by
+simulation, on spectra with 128 and with 512 eigenvalues (200 and 120 of each kind, 100 replicates;
+`tests/test_confidence.py` repeats the main lines):
+
+* Independent draws from a power law, alone or above another body: p is at most 0.1 in 4 to 13 % of
+  the spectra (10 % expected); the 95 % interval holds the true alpha in 94 to 98 %.
+* Gaussian matrices, Q = 1, 2 and 8: p is at most 0.1 in 52 to 64 % with 128 and 76 to 84 % with 512
+  eigenvalues. So a small p speaks against a power law although eigenvalues repel, and a large one
+  does not prove it: many a small layer without any tail passes.
+* Entries of Student's t with 1, 1.5 or 2.5 degrees of freedom: p is at most 0.1 in 3 to 14 %, as for
+  independent draws.
+* Gaussian matrices whose covariance has a power-law spectrum without randomness: here repulsion
+  rules. p is above 0.9 in 76 to 100 % and never at most 0.1, and the interval is 4 to 9 times as
+  wide as alpha varies from matrix to matrix.
+* In all other kinds the interval holds the alpha of another random matrix of its kind in 83 to 96 %.
+  It tells how alpha varies when the layer is drawn again, or scatters between minima of the
+  distance. It does not hold the bias of the fit: of t entries with 2.5 degrees of freedom, whose
+  largest eigenvalues have exponent 1 + 2.5 / 2 in the limit (Auffinger, Ben Arous and Peche, AIHP
+  45 (2009) 589), it holds that exponent in 57 % with 128 and 1 % with 512 eigenvalues.
 """
 
 from __future__ import annotations
@@ -9,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ww_train.power_law import PowerLawFit, TailFit, fit_power_law
 from ww_train.spectrum import Array
@@ -138,7 +158,7 @@ def _drawn(evals: Array, fit: PowerLawFit, generator: np.random.Generator) -> Ar
     return np.sort(np.concatenate([rest, tail, dropped]))
 
 
-def _counts(n: int, generator: np.random.Generator) -> Array:
+def _counts(n: int, generator: np.random.Generator) -> npt.NDArray[np.intp]:
     """How often each of n eigenvalues is drawn; keeps the order, so that nothing is sorted."""
     return np.bincount(generator.integers(n, size=n), minlength=n)
 

@@ -25,7 +25,7 @@ class ErgTail:
         detX_val: The eigenvalue at that position, in original units.
         trace_log: `sum ln lambda` over the power-law tail, mean-one scale; zero at criticality,
             negative if the tail reaches into the bulk. None without a power-law fit.
-        ERG_gap: `detX_num - num_pl_spikes`; zero at criticality.
+        ERG_gap: `detX_num` minus the number of eigenvalues from xmin on; zero at criticality.
     """
 
     detX_num: int | None
@@ -47,9 +47,12 @@ def erg_tail(spectrum: Spectrum, fit: PowerLawFit | None = None) -> ErgTail:
     # rounding of a sum of n logs: an exactly flat spectrum must not look like a tail
     below = np.flatnonzero(log_det < -4e-16 * len(log_det))
     detX_num = int(below[0]) + 1 if len(below) else None
+    tail = 0
+    if fit:  # a fit may leave out eigenvalues above its xmax, which the ERG tail does not
+        tail = int(np.count_nonzero(spectrum.evals > fit.xmax)) + fit.num_pl_spikes
     return ErgTail(
         detX_num=detX_num,
         detX_val=float(spectrum.evals[-detX_num]) if detX_num else None,
-        trace_log=float(log_det[fit.num_pl_spikes - 1]) if fit else None,
-        ERG_gap=detX_num - fit.num_pl_spikes if fit and detX_num else None,
+        trace_log=float(log_det[tail - 1]) if fit else None,
+        ERG_gap=detX_num - tail if fit and detX_num else None,
     )

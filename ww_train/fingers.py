@@ -28,6 +28,10 @@ class ClipXmax:
     searched anew at each. The number removed is in `num_fingers`, the exponent without removal in
     `raw_alpha`; `num_pl_spikes` and `xmax` are those of the eigenvalues that are left.
 
+    What this finds is an alpha that is high because the least distance lies in a short tail. A few
+    eigenvalues far above a long power law lower alpha, so that their removal raises it and none is
+    taken: for those use `PowerLaw(drop_top=k)`.
+
     Where WeightWatcher 0.7.7 differs (and this does not follow it): it never tries one removal,
     nor `max_fingers`; it replaces `max_fingers` by 10 if it is less than half the number of
     eigenvalues; it reports one removal less than it made; it counts the removed in `num_pl_spikes`;

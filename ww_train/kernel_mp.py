@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import fmin
 
 from ww_train.marchenko_pastur import MPFit
 from ww_train.spectrum import Array, Spectrum
@@ -30,7 +29,7 @@ PENALTY = 1000.0
 
 @dataclass(frozen=True)
 class KernelMP:
-    """The fit of WeightWatcher 0.7.7 (`WeightWatcher.mp_fit`), 100 times faster.
+    """The fit of WeightWatcher 0.7.7 (`WeightWatcher.mp_fit`) to rounding, some 100 times faster.
 
     The eigenvalues at mean one, or the singular values if the layer is square, are smoothed with a
     triangular kernel; sigma minimises the squared difference to the Marchenko-Pastur density, or to
@@ -132,6 +131,12 @@ def _quarter_circle_cost(x: Array, density: Array) -> Callable[[Array], Array]:
 
 def _minimize(cost: Callable[[Array], Array], scale: float) -> float:
     """Least cost: the best of a grid, `scipy.optimize.brute`'s, and from there Nelder and Mead."""
+    from scipy.optimize import fmin  # here, because importing it takes longer than a fit
+
     sigmas = np.arange(0.05 * scale, 2.0 * scale, 0.01 * scale)
     start = sigmas[cost(sigmas[:, None]).argmin()]
-    return float(fmin(cost, start, disp=False)[0])
+
+    def at(sigma: Array) -> float:
+        return float(cost(sigma))
+
+    return float(fmin(at, start, disp=False)[0])

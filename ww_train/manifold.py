@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.special import gammaln
-
+from ww_train.power_law import fit_power_law
 from ww_train.spectrum import Array
 
 EPSILON = 1e-4
@@ -49,7 +48,12 @@ def template_exponent(k: Array, alpha: float) -> Array:
     `alpha = 1 + k / sum ln(lambda_i / lambda_k)` for the template gives
     `q = k / ((alpha - 1) (k ln k - ln k!))`.
     """
-    return k / ((alpha - 1.0) * (k * np.log(k) - gammaln(k + 1.0)))
+    return k / ((alpha - 1.0) * (k * np.log(k) - log_factorial(k)))
+
+
+def log_factorial(k: Array) -> Array:
+    """`ln k!` of the entries of an array. Not scipy's gammaln: importing it takes half a second."""
+    return np.array([math.lgamma(size + 1.0) for size in k])
 
 
 def feasible_tail_sizes(n: int, alpha: float = 2.0, rank: int | None = None) -> Array:
@@ -82,7 +86,12 @@ def critical_spectrum(
     Args:
         evals: `(n,)` eigenvalues, descending, at least zero.
         alpha: Target exponent, above 1.
-        rank: The first `rank` eigenvalues are positive; the others are rounding and become zero.
+        rank: The first `rank` eigenvalues are signal; the others are rounding and become zero. By
+            default all that are positive.
+
+    A bulk that touches the tail can make the estimator count it in, for small n above all. So the
+    nearest spectrum is taken that `fit_power_law` itself reads with k eigenvalues in the tail, and if
+    it reads none so, the nearest.
 
     Returns:
         The spectrum, or None if there is none for this n, alpha and rank.
@@ -95,23 +104,28 @@ def critical_spectrum(
     if not 1.0 < alpha < math.inf:
         raise ValueError(f"the target alpha must be a finite number above 1, got {alpha}")
     n = len(evals)
-    rank = n if rank is None else rank
+    positive = int(np.count_nonzero(evals > 0.0))
+    rank = positive if rank is None else min(rank, positive)
     mean = float(evals.sum()) / n
     if not mean > 0.0:
         return None
     source = np.where(np.arange(n) < rank, evals / mean, 0.0)
-    best: Array | None = None
-    best_k, best_overlap = 0, -math.inf
     roots = np.sqrt(source)
-    for k in feasible_tail_sizes(n, alpha, rank).astype(int):
-        candidate = _nearest_with_tail(source, k, alpha, rank)
-        overlap = float(np.sqrt(candidate) @ roots)
-        if overlap > best_overlap:
-            best, best_k, best_overlap = candidate, int(k), overlap
-    if best is None:
+    tails = feasible_tail_sizes(n, alpha, rank).astype(int)
+    if len(tails) == 0:
         return None
-    difference = np.sqrt(best) - np.sqrt(evals / mean)
-    return CriticalSpectrum(best * mean, best_k, float(np.linalg.norm(difference)) / math.sqrt(n))
+    overlaps = [np.sqrt(_nearest_with_tail(source, k, alpha, rank)) @ roots for k in tails]
+    by_distance = [int(k) for k in tails[np.argsort(overlaps)[::-1]]]
+    for k in by_distance:
+        nearest = _nearest_with_tail(source, k, alpha, rank)
+        fit = fit_power_law(nearest[nearest > 0.0][::-1])
+        if fit is not None and fit.num_pl_spikes == k:
+            break
+    else:
+        k = by_distance[0]
+        nearest = _nearest_with_tail(source, k, alpha, rank)
+    difference = np.sqrt(nearest) - np.sqrt(evals / mean)
+    return CriticalSpectrum(nearest * mean, k, float(np.linalg.norm(difference)) / math.sqrt(n))
 
 
 @lru_cache(maxsize=64)
@@ -119,7 +133,7 @@ def _templates(n: int, alpha: float) -> tuple[Array, Array, Array, Array]:
     """For every k in 2..n-1: k, c for mean one, the sum of i^-q, and q. O(n²), hence cached."""
     k = np.arange(2.0, max(n, 2))
     q = template_exponent(k, alpha)
-    scale = np.exp((q * gammaln(k + 1.0) - EPSILON) / k)
+    scale = np.exp((q * log_factorial(k) - EPSILON) / k)
     index = np.arange(1.0, n)
     harmonic = np.array(
         [(index[: int(size)] ** -power).sum() for size, power in zip(k, q, strict=True)]
@@ -130,7 +144,7 @@ def _templates(n: int, alpha: float) -> tuple[Array, Array, Array, Array]:
 def _nearest_with_tail(source: Array, k: int, alpha: float, rank: int) -> Array:
     """The critical spectrum with tail size k and mean one nearest to `source` (mean one)."""
     n = len(source)
-    q = float(template_exponent(np.array(float(k)), alpha))
+    q = float(template_exponent(np.array([float(k)]), alpha)[0])
     scale = math.exp((q * math.lgamma(k + 1.0) - EPSILON) / k)
     tail = scale * np.arange(1.0, k + 1.0) ** -q
     bulk = source[k:rank]
@@ -143,13 +157,15 @@ def _nearest_with_tail(source: Array, k: int, alpha: float, rank: int) -> Array:
 
 def _capped(bulk: Array, cap: float, total: float) -> Array:
     """`min(cap, s * bulk)` with the s for which it sums to `total`; bulk descending, positive."""
+    if len(bulk) == 0:
+        return bulk
     # with the first j capped, s = (total - j cap) / rest_j; it is right when bulk_j stays below
     rest = np.cumsum(bulk[::-1])[::-1]
     j = np.arange(len(bulk))
     slope = (total - j * cap) / rest
     fits = np.flatnonzero(slope * bulk <= cap)
     if len(fits) == 0:  # everything at the cap, up to rounding
-        return np.full(len(bulk), total / max(len(bulk), 1))
+        return np.full(len(bulk), total / len(bulk))
     first = int(fits[0])
     result = np.full(len(bulk), cap)
     result[first:] = max(float(slope[first]), 0.0) * bulk[first:]

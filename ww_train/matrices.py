@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class WeightMatrix:
         scale: Factor c; the spectrum is that of `c * stack`.
         read_only: Why the stack must not be written to, or None if it may be.
         parameter: The tensor that the stack shows or was computed from, or None.
+        slice_id: Which slice of a layer this is, if not all of it.
     """
 
     name: str
@@ -50,6 +52,7 @@ class WeightMatrix:
     scale: float = 1.0
     read_only: str | None = None
     parameter: Tensor | None = None
+    slice_id: int | None = None
 
     @property
     def N(self) -> int:
@@ -78,6 +81,23 @@ class Skipped:
 
     name: str
     reason: str
+
+
+def slices(matrix: WeightMatrix) -> list[WeightMatrix]:
+    """Every slice of a layer as a layer of its own, named `layer[i]`; a single slice stays as it is."""
+    if matrix.rf == 1:
+        return [matrix]
+    return [
+        replace(matrix, name=f"{matrix.name}[{i}]", stack=matrix.stack[i : i + 1], slice_id=i)
+        for i in range(matrix.rf)
+    ]
+
+
+def delta(matrix: WeightMatrix, base: WeightMatrix) -> WeightMatrix:
+    """The difference of two layers of one shape, exact in float64 on the first one's device."""
+    stack = matrix.stack.to(torch.float64, copy=True)
+    stack -= base.stack.to(stack.device)
+    return replace(matrix, stack=stack, read_only="a difference of two models", parameter=None)
 
 
 def layer_name(parameter: str) -> str:
@@ -112,14 +132,28 @@ def weight_matrices(source: Source) -> Iterator[WeightMatrix | Skipped]:
     elif isinstance(source, np.ndarray):
         if source.dtype.kind not in "fc":
             raise TypeError(f"expected a floating-point matrix, got an array of {source.dtype}")
-        yield from of_parameter("W", torch.from_numpy(source))
+        yield from _of_matrix(_from_numpy(source))
     elif isinstance(source, Tensor):
-        yield from of_parameter("W", source)
+        yield from _of_matrix(source)
     else:
         raise TypeError(
             "expected an nn.Module, a state dict, a torch.Tensor or a numpy array, "
             f"got {type(source).__module__}.{type(source).__qualname__}"
         )
+
+
+def _of_matrix(tensor: Tensor) -> Iterator[WeightMatrix | Skipped]:
+    if tensor.ndim < 2:
+        yield Skipped("W", f"a tensor of shape {tuple(tensor.shape)} is no matrix")
+    yield from of_parameter("W", tensor)
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    """A tensor of the same values, copied only where torch cannot share the memory."""
+    native = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    if any(stride < 0 for stride in array.strides) or not array.flags.writeable:
+        array = np.array(array, dtype=native)
+    return torch.from_numpy(np.asarray(array, dtype=native))
 
 
 def _of_module(model: nn.Module) -> Iterator[WeightMatrix | Skipped]:
@@ -145,18 +179,62 @@ def _of_module(model: nn.Module) -> Iterator[WeightMatrix | Skipped]:
 
 
 def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor, str | None]]:
-    """Names, tensors and read-only reasons of the parameters that belong to `module` itself."""
+    """Names, tensors and read-only reasons of the weights that belong to `module` itself."""
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return  # the module that owns the list yields the effective weight
+    computed = {hook.name: hook for hook in map(_Hook, module._forward_pre_hooks.values()) if hook}
     for name, parameter in module._parameters.items():
-        if parameter is not None:
+        if parameter is not None and not any(name.startswith(f"{own}_") for own in computed):
             yield name, parameter, None
-    if nn.utils.parametrize.is_parametrized(module):
-        assert isinstance(module.parametrizations, nn.ModuleDict)
-        for name in module.parametrizations:
-            with torch.no_grad(), nn.utils.parametrize.cached():
-                effective = getattr(module, name)
-            yield name, effective, "its weight is computed by a parametrization"
+    with torch.no_grad():
+        for name, hook in computed.items():
+            yield name, hook.weight(module), "its weight is computed by a hook before each forward"
+        if nn.utils.parametrize.is_parametrized(module):
+            assert isinstance(module.parametrizations, nn.ModuleDict)
+            for name, chain in module.parametrizations.items():
+                with _evaluating(chain):
+                    effective = getattr(module, name)
+                yield name, effective, "its weight is computed by a parametrization"
+    if type(module).__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "weight"):
+        packed: Any = module.weight  # a method there
+        yield "weight", packed(), "quantised"
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a moment: spectral norm advances its vectors when read in training."""
+    modes = [(part, part.training) for part in module.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+class _Hook:
+    """A forward pre-hook that computes a weight: weight_norm, spectral_norm or pruning of old."""
+
+    def __init__(self, hook: object) -> None:
+        self.hook: Any = hook
+        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+        self.name: str = name if isinstance(name, str) else ""
+
+    def __bool__(self) -> bool:
+        known = hasattr(self.hook, "compute_weight") or hasattr(self.hook, "apply_mask")
+        return bool(self.name) and known
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """The weight that the next forward pass would use; no state of the hook is advanced."""
+        weight: Tensor
+        if hasattr(self.hook, "apply_mask"):
+            weight = self.hook.apply_mask(module)
+        elif hasattr(self.hook, "n_power_iterations"):
+            weight = self.hook.compute_weight(module, do_power_iteration=False)
+        else:
+            weight = self.hook.compute_weight(module)
+        return weight
 
 
 def _of_state_dict(state: Mapping[str, object]) -> Iterator[WeightMatrix | Skipped]:
@@ -165,8 +243,10 @@ def _of_state_dict(state: Mapping[str, object]) -> Iterator[WeightMatrix | Skipp
         state = inner
     first_name: dict[tuple[object, ...], str] = {}
     for key, tensor in state.items():
-        if isinstance(tensor, np.ndarray):
-            tensor = torch.from_numpy(tensor)
+        if not isinstance(key, str):
+            raise TypeError(f"the keys of a state dict are names, got {key!r}")
+        if isinstance(tensor, np.ndarray) and tensor.dtype.kind in "fc":
+            tensor = _from_numpy(tensor)
         if not isinstance(tensor, Tensor) or tensor.ndim < 2:
             continue
         name = layer_name(key)
@@ -216,8 +296,18 @@ def of_parameter(
         read_only: Passed on to the matrices.
     """
     name = layer_name(parameter)
+    if nn.parameter.is_lazy(tensor):
+        yield Skipped(name, "not initialised yet (lazy module: run one forward pass first)")
+        return
     if tensor.ndim < 2:
         return
+    if isinstance(owner, nn.LayerNorm | nn.RMSNorm):
+        yield Skipped(name, "a normalisation over several dimensions is no matrix")
+        return
+    original = tensor
+    if tensor.is_quantized or type(tensor) not in _PLAIN:
+        with suppress(RuntimeError, NotImplementedError, AttributeError):  # _unusable says so
+            tensor, read_only = tensor.dequantize(), "quantised"
     reason = _unusable(tensor)
     if reason is not None:
         yield Skipped(name, reason)
@@ -229,7 +319,7 @@ def of_parameter(
         locked = read_only
         if stack.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
             locked = locked or "its memory layout has no view as a stack of matrices"
-        yield WeightMatrix(f"{name}{label}", kind, stack, scale, locked, tensor)
+        yield WeightMatrix(f"{name}{label}", kind, stack, scale, locked, original)
 
 
 def _stacks(
@@ -265,10 +355,12 @@ _GATES = {1: "h", 3: "rzn", 4: "ifgo"}
 """Gates of RNN, GRU and LSTM in the order in which torch stacks them."""
 
 
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+"""Types whose values are the weights; subclasses may hold shards, codes or anything."""
+
+
 def _unusable(tensor: Tensor) -> str | None:
     """Why a tensor's values are not weights that can be read, or None."""
-    if nn.parameter.is_lazy(tensor):
-        return "not initialised yet (lazy module: run one forward pass first)"
     if tensor.is_meta:
         return "on the meta device: it has a shape but no values"
     if tensor.layout is not torch.strided:
@@ -277,7 +369,7 @@ def _unusable(tensor: Tensor) -> str | None:
         return f"quantised or integer codes ({tensor.dtype})"
     if tensor.is_complex():
         return f"complex weights ({tensor.dtype})"
-    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+    if type(tensor) not in _PLAIN:
         return f"held by a tensor subclass ({type(tensor).__name__})"
     if tensor.numel() == 0:
         return f"empty: shape {tuple(tensor.shape)}"
@@ -304,7 +396,8 @@ def _hidden_size(
     if siblings is None:
         return None
     # h -> gates has `hidden` columns; with projections (LSTM proj_size) that cannot be told here
-    recurrent = siblings.get(f"{prefix}.{last.replace('_ih', '_hh')}" if prefix else last)
+    partner = last.replace("_ih", "_hh")
+    recurrent = siblings.get(f"{prefix}.{partner}" if prefix else partner)
     if not isinstance(recurrent, Tensor) or recurrent.ndim != 2:
         return None
     rows, hidden = recurrent.shape

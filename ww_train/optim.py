@@ -120,6 +120,15 @@ class WWPGD(Optimizer):
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._optimizer_load_state_dict_post_hooks = OrderedDict()
 
+    def _mirror(self) -> None:
+        """Write the clock into the parameter groups, the only place that all checkpoints keep.
+
+        Only when a checkpoint is made or loaded: numbers that change in each step would make
+        torch.compile compile it anew.
+        """
+        for group in self.base.param_groups:
+            group.update({f"ww_pgd_{name}": n for name, n in self._clock.numbers().items()})
+
     # What torch keeps in attributes lives in the base, also after it rebinds them on a load.
 
     @property
@@ -174,12 +183,17 @@ class WWPGD(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer; at every `steps_per_epoch`-th also `end_epoch`."""
         probe = self._is_probe(closure)
+        args: tuple[Any, ...] = (closure,)
+        kwargs: dict[str, Any] = {}
         for pre_hook in self._optimizer_step_pre_hooks.values():
-            pre_hook(self, (closure,), {})
-        result = self.base.step() if closure is None else self.base.step(closure)
+            changed = pre_hook(self, args, kwargs)
+            args, kwargs = (args, kwargs) if changed is None else changed
+        result = self.base.step(*(arg for arg in args if arg is not None), **kwargs)
         for post_hook in self._optimizer_step_post_hooks.values():
-            post_hook(self, (closure,), {})
-        if not probe:
+            post_hook(self, args, kwargs)
+        if probe:
+            self._mirror()
+        else:
             self._clock.steps += 1
             if self.steps_per_epoch and self._clock.steps % self.steps_per_epoch == 0:
                 self.end_epoch()
@@ -194,8 +208,8 @@ class WWPGD(Optimizer):
             return False
         if any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        return all(grad is not None and not grad.any() for grad in grads)
+        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return all(p.grad is not None and not p.grad.any() for p in trained)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients."""
@@ -209,15 +223,12 @@ class WWPGD(Optimizer):
         """The base optimizer's state dict, with the clock as plain integers.
 
         The clock stands under the key `ww_pgd` and once more in every group, because distributed
-        checkpoints keep only `state` and `param_groups`. The base optimizer loads it as it is.
+        checkpoints keep only `state` and `param_groups`. The bare optimizer loads it as it is.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        numbers = self._clock.numbers()
-        in_group = {f"ww_pgd_{key}": number for key, number in numbers.items()}
-        state = dict(self.base.state_dict())
-        state["param_groups"] = [{**group, **in_group} for group in state["param_groups"]]
-        state["ww_pgd"] = numbers
+        self._mirror()
+        state = {**self.base.state_dict(), "ww_pgd": self._clock.numbers()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = state if changed is None else changed
@@ -229,18 +240,16 @@ class WWPGD(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state)
             state = state if changed is None else changed
-        groups = [dict(group) for group in state["param_groups"]]
-        in_group = {
-            key.removeprefix("ww_pgd_"): group.pop(key)
-            for group in groups
-            for key in [key for key in group if key.startswith("ww_pgd_")]
+        numbers = state.pop("ww_pgd", None) or {
+            key.removeprefix("ww_pgd_"): value
+            for group in state["param_groups"]
+            for key, value in group.items()
+            if key.startswith("ww_pgd_")
         }
-        numbers = state.pop("ww_pgd", None) or in_group
-        self.base.load_state_dict({**state, "param_groups": groups})
-        fresh = _Clock()
-        self._clock.steps = int(numbers.get("steps", fresh.steps))
-        self._clock.epochs = int(numbers.get("epochs", fresh.epochs))
-        self._clock.boundary = int(numbers.get("boundary", fresh.boundary))
+        self.base.load_state_dict(state)
+        for name, fresh in _Clock().numbers().items():
+            setattr(self._clock, name, int(numbers.get(name, fresh)))
+        self._mirror()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -274,8 +283,10 @@ class WWPGD(Optimizer):
             targets = projection_targets(self.param_groups, self.model)
             results = tuple(self._project(matrix, strength) for matrix in targets)
         if not any(isinstance(result, Projected) for result in results):
-            reasons = "; ".join(f"{r.name}: {r.reason}" for r in results if isinstance(r, Skipped))
-            self._warn_once("none", f"WWPGD projects no layer ({reasons or 'no matrix found'})")
+            reasons = [f"{r.name}: {r.reason}" for r in results if isinstance(r, Skipped)]
+            more = [f"and {len(reasons) - 5} more"] if len(reasons) > 5 else []
+            why = "; ".join(reasons[:5] + more) or "no matrix found"
+            self._warn_once("none", f"WWPGD projects no layer ({why})")
         return results
 
     def _project(self, matrix: Any, strength: float) -> Projected | Skipped:

@@ -48,7 +48,8 @@ def select(
     known = {kind for _, kind in catalogue}
     if unknown := wanted - known:
         raise ValueError(
-            f"no layer is of type {', '.join(sorted(unknown))}; the types here are {', '.join(sorted(known))}"
+            f"no layer is of type {', '.join(sorted(unknown))}; "
+            f"the types here are {', '.join(sorted(known))}"
         )
     chosen = included - excluded
     return [i in chosen and (not wanted or kind in wanted) for i, (_, kind) in enumerate(catalogue)]

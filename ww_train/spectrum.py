@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -23,7 +23,7 @@ class Spectrum:
         N: Larger dimension of one slice.
         M: Smaller dimension of one slice.
         rf: Number of slices pooled.
-        eps: Machine epsilon of the dtype in which the weights are stored.
+        eps: Machine epsilon of the dtype in which the weights are stored; 0 if nothing is rounding.
 
     All logarithms are base 10 except in `entropy`, as in WeightWatcher.
     """
@@ -40,21 +40,44 @@ class Spectrum:
         return self.N / self.M
 
     @property
+    def _stored(self) -> float:
+        """Squared spectral norm of the rounding of the entries, a random matrix of `eps * rms(W)`.
+
+        `eps² * mean(lambda) * (sqrt(N) + sqrt(M))² / N` (Bai-Yin edge).
+        """
+        edge = (math.sqrt(self.N) + math.sqrt(self.M)) ** 2 / self.N
+        return self.eps**2 * float(self.evals.mean()) * edge
+
+    @property
     def floor(self) -> float:
         """Eigenvalue up to which eigenvalues are rounding; proportional to the weights' scale.
 
-        The larger of two bounds. The float64 Gram matrix resolves `M * eps64 * lambda_max`. Storing
-        the entries adds a random matrix of entries of size `eps * rms(W)`, whose squared spectral
-        norm is `eps² * mean(lambda) * (sqrt(N) + sqrt(M))² / N` (Bai-Yin edge).
+        What storing the entries adds, or what the float64 Gram matrix resolves, `M * eps64 *
+        lambda_max`, whichever is larger.
         """
-        edge = (math.sqrt(self.N) + math.sqrt(self.M)) ** 2 / self.N
-        stored = self.eps**2 * float(self.evals.mean()) * edge
-        return max(stored, self.M * EPS64 * self.lambda_max)
+        if self.eps == 0.0:
+            return 0.0
+        return max(self._stored, self.M * EPS64 * self.lambda_max)
+
+    @property
+    def resolution(self) -> float:
+        """Relative difference below which two of the largest eigenvalues may be equal but rounded.
+
+        A perturbation E of W moves an eigenvalue by up to `2 sqrt(lambda) ||E||`; rounding to the
+        nearest is `1/sqrt(12)` of the spacing.
+        """
+        if self.eps == 0.0:
+            return 0.0
+        return max(math.sqrt(self._stored / self.lambda_max / 3.0), self.M * EPS64)
 
     @property
     def positive(self) -> Array:
         """Eigenvalues above the rounding floor, ascending."""
         return self.evals[self.evals > self.floor]
+
+    def inverse(self) -> Spectrum:
+        """Spectrum of the (pseudo-)inverse: 1/lambda of the eigenvalues above the rounding floor."""
+        return replace(self, evals=1.0 / self.positive[::-1], eps=0.0)
 
     @property
     def lambda_max(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ww_train.matrices import Skipped, WeightMatrix, of_parameter, weight_matrices
+from ww_train.matrices import Skipped, WeightMatrix, layer_name, of_parameter, weight_matrices
 
 EMBEDDING_NAME = re.compile(r"(^|[._])(embed\w*|wte|wpe|tok_embeddings|lm_head)($|[._])")
 """Names that embeddings and output heads tied to them have, for parameters without a module."""
@@ -57,15 +57,13 @@ def projection_targets(
 
 def _of_groups(param_groups: Sequence[dict[str, Any]]) -> Iterator[WeightMatrix | Skipped]:
     for name, parameter in _named(param_groups):
-        if parameter.ndim < 2:
+        if parameter.ndim > 2:
+            reason = f"{parameter.ndim}-D: pass model= to tell what kind of layer it is"
+            yield Skipped(layer_name(name), reason)
             continue
         for matrix in of_parameter(name, parameter):
             if isinstance(matrix, Skipped):
                 yield matrix
-            elif parameter.ndim != 2:
-                yield Skipped(
-                    matrix.name, f"{parameter.ndim}-D: pass model= to say what kind of layer it is"
-                )
             elif EMBEDDING_NAME.search(matrix.name):
                 yield Skipped(matrix.name, "named like an embedding or a head tied to one")
             elif LORA_NAME.search(matrix.name):

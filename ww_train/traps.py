@@ -3,8 +3,8 @@
 Shuffling destroys every correlation between rows and columns. What still stands out of the random
 bulk comes from the entries themselves: a mean that is not zero, or single entries that are too
 large (Martin and Hinrichs, SETOL, 2025, on correlation traps). `count_traps` counts these spikes in a
-shuffled matrix, `has_trap` only tells whether there is one, and `trap_causes` names the weights they
-come from without a decomposition.
+shuffled matrix, `has_spike` only tells whether there is one, and `trap_causes` names the weights they
+come from, without a decomposition.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -89,6 +90,11 @@ class TrapCause:
     theta: float
     rand_eval: float
 
+    def __str__(self) -> str:
+        where = "mean" if self.kind == "mean" else f"entry ({self.row}, {self.column})"
+        of_slice = f" of slice {self.slice_id}" if self.slice_id else ""
+        return f"{where}{of_slice} = {self.value:.3g}"
+
 
 def shuffle(stack: Tensor, seed: int, name: str = "") -> Tensor:
     """Permute the entries of every slice of a stack, each slice on its own.
@@ -129,7 +135,7 @@ def average_traps(shuffles: Sequence[Traps]) -> TrapAverage:
     """Mean and spread of the number of traps over shuffles of one layer with different seeds.
 
     Large entries that meet in one row share a spike or lift each other over the threshold, which
-    makes the number differ from shuffle to shuffle: by about 2 where entries have heavy tails.
+    makes the number differ from shuffle to shuffle: by 1 to 4 where entries have heavy tails.
 
     Args:
         shuffles: Results of `count_traps`, at least one.
@@ -140,25 +146,6 @@ def average_traps(shuffles: Sequence[Traps]) -> TrapAverage:
         num_traps_mean=statistics.fmean(counts),
         num_traps_std=statistics.stdev(counts) if len(counts) > 1 else None,
     )
-
-
-def has_trap(shuffled_grams: Tensor, N: int) -> bool:
-    """Whether `count_traps` would find a trap: the same answer, without eigenvalues.
-
-    `fit_mp` starts from a bulk that holds all the energy. If nothing exceeds that threshold, there is
-    no trap; and what exceeds it, exceeds the lower final one too.
-
-    Args:
-        shuffled_grams: `(rf, M, M)` float64 Gram matrices of the shuffled slices
-            (`ww_train.linalg.gram`).
-        N: Larger dimension of one slice.
-
-    Cost: that of `has_spike`, and one more synchronisation.
-    """
-    rf, M, _ = shuffled_grams.shape
-    norm = float(shuffled_grams.diagonal(dim1=-2, dim2=-1).sum())
-    threshold = norm / (rf * N * M) * tracy_widom_edge(N, M, FALSE_ALARM / rf)
-    return has_spike(shuffled_grams, threshold)
 
 
 def has_spike(grams: Tensor, threshold: float) -> bool:
@@ -173,8 +160,9 @@ def has_spike(grams: Tensor, threshold: float) -> bool:
         grams: `(rf, M, M)` float64; not changed.
         threshold: A line not within rounding of an eigenvalue. Not-finite matrices answer True.
 
-    Cost: at most `M³/3` operations a matrix, a quarter of its eigenvalues or less, and `8 M²` bytes;
-    one synchronisation for every 128 columns, up to the first that fails.
+    Cost: at most `M³/3` operations and `8 M²` bytes a matrix: a third (M = 256) to a seventh (1024)
+    of the time of its eigenvalues on a CPU thread, less where there is a spike. One synchronisation
+    for every 128 columns.
     """
     return any(not _has_cholesky(threshold, gram) for gram in grams)
 
@@ -212,8 +200,10 @@ def trap_causes(matrix: WeightMatrix, mp: MPFit | None = None) -> tuple[TrapCaus
     The number of causes is what `count_traps` finds as long as large entries are sparse. It differs
     for two reasons, both of which depend on the shuffle: named entries that meet in a row or column
     share one spike, and entries below the line that meet add up to one. With heavy tails (Student-t
-    of 2 to 4 degrees of freedom) the second makes a quarter to a half of the traps, and those come
-    from no weight in particular. `without_causes` and the same seeded shuffle tell which remain.
+    of 2 to 4 degrees of freedom) the second makes a quarter of the traps or more, and those come from
+    no weight in particular. `without_causes` and the same seeded shuffle tell how many remain. Nor is
+    a slice named that stands out as a whole: if its weights are larger than those of the others by a
+    tenth, the edge of its own noise exceeds the threshold of a pooled fit.
 
     Args:
         matrix: The layer. All slices are measured against one bulk, as in `fit_mp`.
@@ -221,28 +211,35 @@ def trap_causes(matrix: WeightMatrix, mp: MPFit | None = None) -> tuple[TrapCaus
             by the same balance of energy.
 
     Returns:
-        Means and entries, strongest first; at most M entries of each slice, none if a weight is not
-        finite.
+        Means and entries, strongest first; at most M above and M below the mean of each slice. None
+        if a weight is not finite.
 
     Cost: a few passes over the weights and `8 N M rf` bytes; one copy to the host.
     """
     entries = _largest_entries(matrix)
     if not math.isfinite(entries.energy):
         return ()
-    parts = _separate(entries, matrix, mp)
-    N, M, columns = matrix.N, matrix.M, matrix.stack.shape[-1]
+    named = np.ones(entries.values.shape, dtype=bool)  # the first means are trimmed of all these
+    for _ in range(2):
+        means, theta, energy = _rank_one_parts(entries, named, matrix)
+        order = np.argsort(-theta, kind="stable")
+        count, variance = _stand_out(theta[order] ** 2, energy, matrix, mp)
+        named = np.isin(np.arange(matrix.rf, len(theta)), order[:count]).reshape(named.shape)
+
+    N, M, rf, c = matrix.N, matrix.M, matrix.rf, matrix.scale
     causes = []
-    for s in np.flatnonzero(parts.mean_theta):
-        theta = float(parts.mean_theta[s])
-        spike = _spike(theta, N, M, parts.variance)
-        causes.append(TrapCause("mean", int(s), None, None, float(parts.means[s]), theta, spike))
-    for s, k in np.argwhere(parts.theta):
-        theta = float(parts.theta[s, k])
-        spike = _spike(theta, N, M, parts.variance)
-        row, column = divmod(int(entries.places[s, k]), columns)
-        value = float(entries.values[s, k])
-        causes.append(TrapCause("entry", int(s), row, column, value, theta, spike))
-    return tuple(sorted(causes, key=lambda cause: -cause.theta))
+    for index in order[:count].tolist():
+        strength = float(theta[index]) ** 2
+        spike = (strength + variance * N) * (strength + variance * M) / strength
+        predicted = {"theta": c * math.sqrt(strength), "rand_eval": c * c * spike}
+        if index < rf:
+            causes.append(TrapCause("mean", index, None, None, float(means[index]), **predicted))
+        else:
+            slice_id, k = divmod(index - rf, entries.values.shape[1])
+            row, column = divmod(int(entries.places[slice_id, k]), matrix.stack.shape[-1])
+            value = float(entries.values[slice_id, k])
+            causes.append(TrapCause("entry", slice_id, row, column, value, **predicted))
+    return tuple(causes)
 
 
 def without_causes(matrix: WeightMatrix, causes: Sequence[TrapCause]) -> Tensor:
@@ -264,8 +261,8 @@ def without_causes(matrix: WeightMatrix, causes: Sequence[TrapCause]) -> Tensor:
         part = stack[slice_id]
         here = [cause for cause in causes if cause.slice_id == slice_id]
         entries = [cause for cause in here if cause.kind == "entry"]
-        rows = torch.tensor([cause.row for cause in entries], dtype=torch.int64).to(part.device)
-        columns = torch.tensor([cause.column for cause in entries], dtype=torch.int64).to(rows)
+        places = [[cause.row for cause in entries], [cause.column for cause in entries]]
+        rows, columns = torch.tensor(places, dtype=torch.int64, device=part.device)
         part[rows, columns] = 0
         mean = part.sum(dtype=torch.float64) / max(part.numel() - len(entries), 1)
         part[rows, columns] = mean.to(part.dtype)
@@ -276,10 +273,10 @@ def without_causes(matrix: WeightMatrix, causes: Sequence[TrapCause]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Entries:
-    """Host copy of a layer's sums and of its entries farthest from the mean of their slice.
+    """Host copy of a layer's sums and of the largest and smallest entries of each slice.
 
     `sums` is `(rf,)`, `energy` the sum of all squares; `values` and `places`, the index in the flat
-    slice, are `(rf, k)`.
+    slice, are `(rf, 2k)`. Both ends hold the k entries farthest from any mean, which is not known yet.
     """
 
     sums: Array
@@ -292,54 +289,51 @@ def _largest_entries(matrix: WeightMatrix) -> _Entries:
     flat = matrix.stack.detach().flatten(1)
     sums = flat.sum(dim=1, dtype=torch.float64)
     norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
-    # a slice has M eigenvalues, hence no more spikes; one entry must be left to have a mean
-    k = min(matrix.M, flat.shape[1] - 1)
-    deviations = (flat - (sums / flat.shape[1])[:, None].to(flat.dtype)).abs_()
-    places = deviations.topk(k, dim=1, sorted=False).indices
-    values = flat.gather(1, places).to(torch.float64)
-    columns = [sums[:, None], norms[:, None], values, places.to(torch.float64)]
-    host = torch.cat(columns, dim=1).cpu().numpy()
+    # a slice has M eigenvalues, hence no more spikes; some entries must be left to have a mean
+    k = min(matrix.M, (flat.shape[1] - 1) // 2)
+    ends = [flat.topk(k, dim=1, largest=largest, sorted=False) for largest in (True, False)]
+    parts = [sums[:, None], norms[:, None]]
+    parts += [end.values.to(torch.float64) for end in ends]
+    parts += [end.indices.to(torch.float64) for end in ends]
+    host = torch.cat(parts, dim=1).cpu().numpy()
     energy = float((host[:, 1] ** 2).sum())
-    return _Entries(host[:, 0], energy, host[:, 2 : k + 2], host[:, k + 2 :])
+    return _Entries(host[:, 0], energy, host[:, 2 : 2 * k + 2], host[:, 2 * k + 2 :])
 
 
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    """A layer as noise of one variance plus entries and means; `theta` is 0 where not named."""
+def _rank_one_parts(
+    entries: _Entries, named: npt.NDArray[np.bool_], matrix: WeightMatrix
+) -> tuple[Array, Array, float]:
+    """Means without the named entries; theta of means, then entries; the energy they are part of."""
+    size = matrix.N * matrix.M
+    means = (entries.sums - (entries.values * named).sum(axis=1)) / (size - named.sum(axis=1))
+    excess = entries.values - means[:, None]
+    theta = np.append(abs(means) * math.sqrt(size), abs(excess))
+    # w² = mean² + excess² + twice their product, which the other entries of the slice sum to zero
+    products = float((means * (excess * named).sum(axis=1)).sum())
+    return means, theta, entries.energy - 2.0 * products
 
-    theta: Array
-    mean_theta: Array
-    means: Array
-    variance: float
 
-
-def _separate(entries: _Entries, matrix: WeightMatrix, mp: MPFit | None) -> _Parts:
-    """Take out what stands above the threshold, until what is left shows nothing more."""
-    N, M, rf, size = matrix.N, matrix.M, matrix.rf, matrix.N * matrix.M
-    values, energy = matrix.scale * entries.values, matrix.scale**2 * entries.energy
-    edge = tracy_widom_edge(N, M, FALSE_ALARM / rf)
+def _stand_out(
+    strengths: Array, energy: float, matrix: WeightMatrix, mp: MPFit | None
+) -> tuple[int, float]:
+    """How many of the descending strengths theta² show as spikes, and the variance of the noise."""
+    N, M, rf, total = matrix.N, matrix.M, matrix.rf, matrix.N * matrix.M * matrix.rf
     # noise that storage and summation make of equal weights: those have no cause but the mean
-    rounding = max(torch.finfo(matrix.stack.dtype).eps ** 2, EPS64) * energy / (size * rf)
-    variance = max(mp.bulk_max / mp_edges(N, M)[1] if mp else energy / (size * rf), rounding)
-    threshold = max(mp.threshold if mp else variance * edge, rounding * edge)
-    named, mean_named = np.zeros_like(values, dtype=bool), np.zeros(rf, dtype=bool)
-    while True:
-        rest = size - named.sum(axis=1)
-        means = (matrix.scale * entries.sums - (values * named).sum(axis=1)) / rest
-        theta, mean_theta = abs(values - means[:, None]), abs(means) * math.sqrt(size)
-        line = float(signal_energy(np.array([threshold]), N, M, variance)[0])
-        # what is named stays named, which ends the loop
-        grown, mean_grown = named | (theta**2 > line), mean_named | (mean_theta**2 > line)
-        if (grown == named).all() and (mean_grown == mean_named).all():
-            break
-        named, mean_named = grown, mean_grown
-        if mp is None:
-            signals = (values[named] ** 2).sum() + (mean_named * rest * means**2).sum()
-            variance = max((energy - float(signals)) / (size * rf), rounding)
-            threshold = variance * edge
-    return _Parts(theta * named, mean_theta * mean_named, means / matrix.scale, variance)
+    rounding = max(torch.finfo(matrix.stack.dtype).eps ** 2, EPS64) * energy / total
+    if mp is not None:
+        variance = max(mp.bulk_max / mp_edges(N, M)[1] / matrix.scale**2, rounding)
+        # the noise beside the spikes, to which the threshold of a fit with spikes belongs
+        n, m = (max(side - mp.num_spikes / rf, 1.0) for side in (N, M))
+        line = _line(mp.threshold / matrix.scale**2, n, m, variance)
+        return int(np.count_nonzero(strengths > line)), variance
+    line = _line(tracy_widom_edge(N, M, FALSE_ALARM / rf), N, M, 1.0)
+    variances = np.maximum((energy - np.append(0.0, np.cumsum(strengths))) / total, rounding)
+    # the last that stands out of the rest: equal entries may hide the first ones among them
+    count = int((np.flatnonzero(strengths > line * variances[1:])[-1:] + 1).sum())
+    return count, float(variances[count])
 
 
-def _spike(theta: float, N: int, M: int, variance: float) -> float:
-    """Eigenvalue at which a signal of strength theta shows; `signal_energy` is the inverse."""
-    return (theta**2 + variance * N) * (theta**2 + variance * M) / theta**2
+def _line(threshold: float, N: float, M: float, variance: float) -> float:
+    """Strength theta² of the signal whose spike lies on the threshold, at least the critical one."""
+    strength = float(signal_energy(np.array([threshold]), N, M, variance)[0])
+    return max(strength, variance * math.sqrt(N * M))

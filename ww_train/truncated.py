@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ww_train.power_law import PowerLaw, PowerLawFit, TailFit
+from ww_train.power_law import PowerLawFit, TailFit, fit_power_law
 from ww_train.spectrum import Array
 
 NEGLIGIBLE = 1e-8
@@ -33,7 +33,8 @@ class TruncatedPowerLaw:
     unique. It lies at Lambda = 0, where the fit is the power law's with `Lambda=0.0`, if the mean
     of the tail is at least `xmin (alpha - 1) / (alpha - 2)`, the power law's. With Lambda > 0 any
     alpha can be normalised, also one below 1 or below 0: it says that the tail falls like an
-    exponential from xmin on, and that its exponent is no measure of a heavy tail.
+    exponential from xmin on, and that alpha is then no measure of how heavy it is ("over-trained"
+    in `warning` included). Tails of a few tens of eigenvalues seldom determine both: see `sigma`.
 
     `sigma` is the standard error of alpha from the observed information, Lambda being estimated
     too; `D` the distance of the tail from the truncated law. WeightWatcher's `fit="TPL"` is
@@ -45,17 +46,17 @@ class TruncatedPowerLaw:
         tail: Chooses the tail, hence xmin; its exponent is not used.
     """
 
-    tail: TailFit = PowerLaw()
+    tail: TailFit = fit_power_law
 
     def __call__(self, evals: Array, /) -> PowerLawFit | None:
         """Fit positive eigenvalues, ascending.
 
         Returns:
             The fit, or None if there is no tail or its eigenvalues are so close to each other that
-            alpha and Lambda cannot be told apart (relative spread below about 1e-3).
+            alpha and Lambda cannot be told apart (relative spread below about 5e-4).
 
-        Cost: that of `tail`, about 10 quadratures of 512 points, and one of 16 points an eigenvalue
-        for D.
+        Cost: that of `tail`, about 30 quadratures of 512 points (1 ms), and one of 16 points an
+        eigenvalue for D.
         """
         power = self.tail(evals)
         if power is None:

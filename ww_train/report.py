@@ -1,0 +1,331 @@
+"""What was measured: `LayerReport`, `Report`, and their forms as a table and as scalars."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
+
+from ww_train.confidence import Confidence
+from ww_train.erg import ErgTail
+from ww_train.localization import Localization
+from ww_train.marchenko_pastur import MPFit
+from ww_train.matrices import Skipped
+from ww_train.power_law import OVER_TRAINED, PowerLawFit
+from ww_train.spectrum import Spectrum
+from ww_train.traps import TrapAverage, TrapCause, Traps
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row: TypeAlias = "dict[str, float | int | str | bool | None]"
+
+CRITICAL_WIDTH = 0.1
+"""Half-width of "critical" around alpha = 2: the standard error of alpha with 100 eigenvalues."""
+
+SHORT_TAIL = 10
+"""With fewer eigenvalues in the tail, alpha is reported with a warning."""
+
+POOR_FIT = 0.1
+"""With a larger Kolmogorov-Smirnov distance the tail is no power law, and a warning says so."""
+
+_TEXT_COLUMNS = ("name", "longname", "layer_type", "trap_causes", "status", "warning")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReport:
+    """Everything measured of one layer. What could not be computed, or was not asked for, is None.
+
+    Attributes:
+        layer_id: Position of the layer among all matrices of the model, skipped ones included.
+        name: Dotted path of the layer, with `[i]` for a slice measured by itself.
+        layer_type: See `ww_train.matrices.WeightMatrix`.
+        spectrum: Eigenvalues, norms, ranks and entropy.
+        fit: Power law of the tail; None if there is none.
+        erg: ERG (trace-log) condition.
+        slice_id: Which slice of a convolution this is, if slices are not pooled.
+        mp: Random bulk of the spectrum.
+        traps: Correlation traps.
+        trap_average: Traps over several shuffles, if more than one was asked for.
+        trap_causes: The entries or means that make the traps, the strongest first.
+        rand_distance: Jensen-Shannon distance between the spectrum and that of the shuffled matrix.
+        localization: Localisation of the eigenvectors.
+        confidence: How sure alpha is.
+    """
+
+    layer_id: int
+    name: str
+    layer_type: str
+    spectrum: Spectrum
+    fit: PowerLawFit | None
+    erg: ErgTail
+    slice_id: int | None = None
+    mp: MPFit | None = None
+    traps: Traps | None = None
+    trap_average: TrapAverage | None = None
+    trap_causes: tuple[TrapCause, ...] = ()
+    rand_distance: float | None = None
+    localization: Localization | None = None
+    confidence: Confidence | None = None
+
+    @property
+    def alpha(self) -> float | None:
+        """Power-law exponent of the tail."""
+        return self.fit.alpha if self.fit else None
+
+    @property
+    def ERG_gap(self) -> int | None:
+        """Eigenvalues in the ERG tail minus those in the power-law tail."""
+        return self.erg.ERG_gap
+
+    @property
+    def trace_log(self) -> float | None:
+        """Trace-log of the power-law tail, mean-one scale; zero at criticality."""
+        return self.erg.trace_log
+
+    @property
+    def num_traps(self) -> int | None:
+        """Number of correlation traps."""
+        return self.traps.num_traps if self.traps else None
+
+    @property
+    def warning(self) -> str:
+        """WeightWatcher's "over-trained" or "under-trained", then what makes alpha unreliable."""
+        if not self.fit:
+            return f"no power law in {self.spectrum.matrix_rank} eigenvalues above rounding"
+        notes = [self.fit.warning]
+        if self.fit.num_pl_spikes < SHORT_TAIL:
+            notes.append(f"tail of {self.fit.num_pl_spikes} eigenvalues")
+        if self.fit.D > POOR_FIT:
+            notes.append(f"poor fit (D {self.fit.D:.2f})")
+        return "; ".join(note for note in notes if note)
+
+    @property
+    def verdict(self) -> str:
+        """One word: over-trained, critical, well-trained, under-trained or malformed (no fit)."""
+        if not self.fit:
+            return "malformed"
+        if abs(self.fit.alpha - OVER_TRAINED) <= CRITICAL_WIDTH:
+            return "critical"
+        return self.fit.warning or "well-trained"
+
+    def to_dict(self) -> Row:
+        """The layer as one row with WeightWatcher's column names; optional columns if measured."""
+        s, fit = self.spectrum, self.fit
+        longname = self.name if self.slice_id is None else self.name.rpartition("[")[0]
+        row: Row = {
+            "layer_id": self.layer_id,
+            "name": longname.rpartition(".")[2],
+            "longname": longname,
+            "layer_type": self.layer_type,
+        }
+        if self.slice_id is not None:
+            row["slice_id"] = self.slice_id
+        row |= {
+            "N": s.N,
+            "M": s.M,
+            "Q": s.Q,
+            "rf": s.rf,
+            "num_evals": len(s.evals),
+            "has_esd": True,
+        }
+        row |= _fit_columns(fit, s) | _erg_columns(self.erg) | _norm_columns(s)
+        if self.mp:
+            row |= _mp_columns(self.mp, s)
+        if self.traps:
+            row |= _trap_columns(self.traps, s)
+            row["rand_distance"] = self.rand_distance
+            row["trap_causes"] = "; ".join(str(cause) for cause in self.trap_causes)
+        if self.trap_average:
+            row["num_traps_mean"] = self.trap_average.num_traps_mean
+            row["num_traps_std"] = self.trap_average.num_traps_std
+        if self.localization:
+            row |= self.localization.to_dict()
+        if self.confidence:
+            row |= {
+                "alpha_low": self.confidence.low,
+                "alpha_high": self.confidence.high,
+                "p_value": self.confidence.p_value,
+            }
+        row |= {"status": "success" if fit else "failed", "warning": self.warning}
+        return row
+
+
+def _fit_columns(fit: PowerLawFit | None, s: Spectrum) -> Row:
+    if fit is None:
+        names = ("alpha", "D", "sigma", "xmin", "xmax", "num_pl_spikes")
+        return dict.fromkeys((*names, "alpha_weighted", "log_alpha_norm"))
+    row: Row = {
+        "alpha": fit.alpha,
+        "D": fit.D,
+        "sigma": fit.sigma,
+        "xmin": fit.xmin,
+        "xmax": fit.xmax,
+        "num_pl_spikes": fit.num_pl_spikes,
+        "alpha_weighted": fit.alpha * s.log_spectral_norm,
+        "log_alpha_norm": s.log_alpha_norm(fit.alpha),
+    }
+    optional = {
+        "Lambda": fit.Lambda,
+        "num_fingers": fit.num_fingers,
+        "raw_alpha": fit.raw_alpha,
+    }
+    return row | {name: value for name, value in optional.items() if value is not None}
+
+
+def _erg_columns(erg: ErgTail) -> Row:
+    return {
+        "detX_num": erg.detX_num,
+        "num_ERG_spikes": erg.detX_num,
+        "detX_val": erg.detX_val,
+        "ERG_gap": erg.ERG_gap,
+        "trace_log": erg.trace_log,
+    }
+
+
+def _norm_columns(s: Spectrum) -> Row:
+    return {
+        "norm": s.norm,
+        "log_norm": s.log_norm,
+        "spectral_norm": s.lambda_max,
+        "log_spectral_norm": s.log_spectral_norm,
+        "stable_rank": s.stable_rank,
+        "matrix_rank": s.matrix_rank,
+        "entropy": s.entropy,
+        "lambda_max": s.lambda_max,
+        "sv_max": s.sv_max,
+        "sv_min": s.sv_min,
+        "rank_loss": s.rank_loss,
+        "weak_rank_loss": s.weak_rank_loss(),
+    }
+
+
+def _mp_columns(mp: MPFit, s: Spectrum) -> Row:
+    return {
+        "num_spikes": mp.num_spikes,
+        "sigma_mp": mp.sigma_mp,
+        "mp_softrank": mp.bulk_max / s.lambda_max,
+        "bulk_min": mp.bulk_min,
+        "bulk_max": mp.bulk_max,
+        "W_scale": (len(s.evals) / s.norm) ** 0.5,
+    }
+
+
+def _trap_columns(traps: Traps, s: Spectrum) -> Row:
+    mp = traps.mp
+    return {
+        "num_traps": traps.num_traps,
+        "rand_num_spikes": traps.num_traps,
+        "max_rand_eval": traps.max_rand_eval,
+        "rand_bulk_min": mp.bulk_min,
+        "rand_bulk_max": mp.bulk_max,
+        "rand_sigma_mp": mp.sigma_mp,
+        "rand_mp_softrank": mp.bulk_max / traps.max_rand_eval,
+        "rand_W_scale": (len(s.evals) / s.norm) ** 0.5,
+        "ww_softrank": traps.max_rand_eval / s.lambda_max,
+        "ww_maxdist": s.lambda_max - traps.max_rand_eval,
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """The layers of a model as measured at one moment, in model order.
+
+    Attributes:
+        layers: One report for each analysed layer.
+        skipped: The matrices that were not analysed, with reasons.
+    """
+
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Skipped, ...]
+
+    @cached_property
+    def _by_name(self) -> dict[str, LayerReport]:
+        return {layer.name: layer for layer in self.layers}
+
+    def __getitem__(self, name: str) -> LayerReport:
+        if name not in self._by_name:
+            raise KeyError(f"no layer {name!r} was analysed; analysed: {', '.join(self._by_name)}")
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        rows = [
+            f"  {layer.name}: alpha {_number(layer.alpha)}, ERG gap {_number(layer.ERG_gap)}, "
+            f"traps {_number(layer.num_traps)}, {layer.verdict}"
+            for layer in self.layers
+        ]
+        rows += [f"  {layer.name}: skipped, {layer.reason}" for layer in self.skipped]
+        return "\n".join([f"Report of {len(self)} layers", *rows])
+
+    def scalars(self) -> dict[str, float]:
+        """The report as tags and numbers for any logger; values that are None are left out.
+
+        Summaries are `ww/alpha_mean`, `ww/alpha_min`, `ww/alpha_max`, `ww/erg_gap_mean` (of the
+        absolute gap), `ww/trace_log_mean` (absolute), `ww/traps_total` and `ww/num_layers`. Layers
+        are `ww_alpha/<layer>`, `ww_erg_gap/<layer>`, `ww_trace_log/<layer>` and `ww_traps/<layer>`,
+        one group a metric.
+        """
+        alphas = [x.alpha for x in self.layers if x.alpha is not None]
+        gaps = [abs(x.ERG_gap) for x in self.layers if x.ERG_gap is not None]
+        logs = [abs(x.trace_log) for x in self.layers if x.trace_log is not None]
+        traps = [x.num_traps for x in self.layers if x.num_traps is not None]
+        tags: dict[str, float] = {"ww/num_layers": float(len(self))}
+        if alphas:
+            tags["ww/alpha_mean"] = statistics.fmean(alphas)
+            tags["ww/alpha_min"] = min(alphas)
+            tags["ww/alpha_max"] = max(alphas)
+        if gaps:
+            tags["ww/erg_gap_mean"] = statistics.fmean(gaps)
+        if logs:
+            tags["ww/trace_log_mean"] = statistics.fmean(logs)
+        if traps:
+            tags["ww/traps_total"] = float(sum(traps))
+        for layer in self.layers:
+            for metric, value in (
+                ("alpha", layer.alpha),
+                ("erg_gap", layer.ERG_gap),
+                ("trace_log", layer.trace_log),
+                ("traps", layer.num_traps),
+            ):
+                if value is not None:
+                    tags[f"ww_{metric}/{layer.name}"] = float(value)
+        return tags
+
+    def summary(self) -> dict[str, float]:
+        """WeightWatcher's `get_summary`: means over the layers that have the number."""
+        metrics = ("log_norm", "alpha", "alpha_weighted", "log_alpha_norm", "log_spectral_norm")
+        rows = [layer.to_dict() for layer in self.layers]
+        columns = {
+            name: [float(value) for row in rows if (value := row.get(name)) is not None]
+            for name in (*metrics, "stable_rank", "mp_softrank")
+        }
+        return {name: statistics.fmean(values) for name, values in columns.items() if values}
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a layer, WeightWatcher's column names, NaN for None.
+
+        `frame.attrs["skipped"]` maps the layers that were not analysed to the reasons.
+        """
+        import pandas as pd
+
+        rows = [layer.to_dict() for layer in self.layers]
+        frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["layer_id", "longname"])
+        for column in frame.columns:
+            if frame[column].dtype == object and column not in _TEXT_COLUMNS:
+                frame[column] = frame[column].astype(float)  # None becomes NaN
+        frame.attrs["skipped"] = {layer.name: layer.reason for layer in self.skipped}
+        return frame
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
