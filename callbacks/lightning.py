@@ -85,12 +85,15 @@ class WeightWatcherCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any, **_kwargs: Any
     ) -> None:
         """After the last batch: project, measure, log; validation and checkpoints come later."""
-        if trainer.is_last_batch and not _is_phantom_epoch(trainer):
+        if trainer.fit_loop._skip_backward:
+            # StochasticWeightAveraging appends an epoch without training to update batch norms
+            self._last_step = trainer.global_step
+        elif trainer.is_last_batch:
             self._boundary(trainer, pl_module, epoch=trainer.current_epoch + 1, project=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """An epoch cut short had no last batch: measure it, but do not project."""
-        if trainer.global_step != self._last_step and not _is_phantom_epoch(trainer):
+        if trainer.global_step != self._last_step:
             self._boundary(trainer, pl_module, epoch=trainer.current_epoch + 1, project=False)
 
     def _boundary(
@@ -113,8 +116,3 @@ class WeightWatcherCallback(pl.Callback):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
-
-
-def _is_phantom_epoch(trainer: pl.Trainer) -> bool:
-    """StochasticWeightAveraging appends an epoch without training to update batch norms."""
-    return bool(trainer.fit_loop._skip_backward)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ww_train import WWPGD, Projected, Report, Skipped, measure
+from ww_train.matrices import reasons
 
 
 class SpectralMonitor:
@@ -107,8 +108,7 @@ class SpectralMonitor:
 
     def _check(self, report: Report) -> None:
         if not report.layers:
-            reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.skipped)
-            self._warn_once("empty", f"no layer to watch ({reasons or 'the model has no matrix'})")
+            self._warn_once("empty", f"no layer to watch ({reasons(report.skipped)})")
         for layer in report.skipped:
             if "NaN" in layer.reason:
                 self._warn_once(layer.name, f"layer {layer.name} is not watched: {layer.reason}")

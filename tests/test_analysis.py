@@ -1,6 +1,7 @@
 import math
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from .oracles import (
     gaussian,
     heavy,
     orthogonal,
+    pareto,
     power_law_scan,
     zoo,
 )
@@ -93,6 +95,7 @@ def test_every_randomised_number_belongs_to_the_shuffled_matrix():
         "rand_bulk_max": mp.bulk_max,
         "rand_sigma_mp": mp.sigma_mp,
         "rand_mp_softrank": mp.bulk_max / top,
+        "rand_W_scale": math.sqrt(64 / s.norm),
         "ww_softrank": top / s.lambda_max,
         "ww_maxdist": s.lambda_max - top,
     }
@@ -193,6 +196,8 @@ def test_the_number_of_threads_changes_nothing_and_is_left_alone(threads):
     model = zoo()
     report = measure(model, randomize=True)
     assert torch.get_num_threads() == threads
+    with ThreadPoolExecutor(1) as pool:  # new threads inherit the last number that was set
+        assert pool.submit(torch.get_num_threads).result() == threads
     torch.set_num_threads(1)
     expected = measure(model, randomize=True)
     assert report.scalars() == pytest.approx(expected.scalars(), rel=1e-12)
@@ -281,6 +286,12 @@ def test_layers_keep_the_order_and_the_ids_of_the_model():
     assert report["2"].to_dict()["name"] == "2"
 
 
+def test_skipped_layers_keep_the_order_of_the_model():
+    weights = [torch.full((9, 9), torch.nan), torch.ones(9, 3), torch.zeros(9, 9), torch.ones(3, 9)]
+    report = measure(nn.Sequential(*map(dense, weights)))
+    assert [x.name for x in report.skipped] == ["0", "1", "2", "3"]
+
+
 def test_nested_layers_have_a_short_and_a_long_name():
     model = nn.ModuleDict({"encoder": nn.ModuleDict({"fc": nn.Linear(12, 10)})})
     row = measure(model)["encoder.fc"].to_dict()
@@ -349,7 +360,8 @@ def test_a_layer_without_a_power_law_says_so():
 
 
 def test_scalars_are_plain_floats_that_summarise_the_layers():
-    weights = {"a": weight(seed=1), "b": weight(seed=2), "flat": torch.ones(30, 20)}
+    in_the_bulk = torch.diag(torch.tensor(np.sqrt(pareto(64, 2.5)), dtype=torch.float32))
+    weights = {"a": weight(seed=1), "b": in_the_bulk, "flat": torch.ones(30, 20)}
     report = measure(nn.ModuleDict({k: dense(w) for k, w in weights.items()}), randomize=True)
     scalars = report.scalars()
     assert all(type(v) is float and math.isfinite(v) for v in scalars.values())
@@ -358,7 +370,8 @@ def test_scalars_are_plain_floats_that_summarise_the_layers():
     assert scalars["ww/alpha_min"] == min(a.alpha, b.alpha)
     assert scalars["ww/alpha_max"] == max(a.alpha, b.alpha)
     assert scalars["ww/erg_gap_mean"] == (abs(a.ERG_gap) + abs(b.ERG_gap)) / 2
-    expected = (abs(a.trace_log) + abs(b.trace_log)) / 2
+    assert b.trace_log < 0 < a.trace_log
+    expected = (a.trace_log - b.trace_log) / 2
     assert scalars["ww/trace_log_mean"] == pytest.approx(expected)
     assert scalars["ww/traps_total"] == a.num_traps + b.num_traps + report["flat"].num_traps
     assert scalars["ww/num_layers"] == 3

@@ -480,13 +480,28 @@ def test_a_loop_that_ends_its_epoch_itself_is_not_projected_twice():
     assert clock(trainer) == {"steps": 6, "epochs": 2, "boundary": 6}
 
 
-def test_the_phantom_epoch_of_weight_averaging_is_ignored():
-    watcher, model = WeightWatcherCallback(), Net()
+class Normalised(Net):
+    """With a batch norm, for which StochasticWeightAveraging appends an epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(SIZE)
+
+    def loss(self, batch):
+        return super().loss([self.norm(batch[0])])
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_the_phantom_epoch_of_weight_averaging_is_ignored(ours_first):
+    watcher, model = WeightWatcherCallback(), Normalised()
     averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1, annealing_epochs=1)
-    trainer = fit(model, watcher, averaging, max_epochs=3, validate=False)
+    phantom = Probe("on_train_epoch_end", lambda trainer, _: trainer.fit_loop._skip_backward)
+    callbacks = [watcher, averaging] if ours_first else [averaging, watcher]
+    trainer = fit(model, phantom, *callbacks, max_epochs=3, validate=False)
+    assert phantom.seen == [False, False, False, True]
     assert [record["epoch"] for record in watcher.history] == [0.0, 1.0, 2.0, 3.0]
     assert [record["step"] for record in watcher.history] == [0.0, 3.0, 6.0, 9.0]
-    assert trainer.optimizers[0].state_dict()["ww_pgd"]["epochs"] == 3
+    assert clock(trainer)["epochs"] == 3
 
 
 @pytest.mark.parametrize("ours_first", [True, False])

@@ -240,7 +240,7 @@ def test_a_layer_of_nan_warns_once_and_the_others_are_measured():
 def test_a_model_without_a_matrix_warns_once():
     monitor = SpectralMonitor()
     (message,), scalars = collect(lambda: boundary(monitor, nn.LayerNorm(8)))
-    assert message == "no layer to watch (the model has no matrix)"
+    assert message == "no layer to watch (the model holds no matrix)"
     assert scalars["ww/num_layers"] == 0
     assert collect(lambda: boundary(monitor, nn.LayerNorm(8)))[0] == []
 
@@ -250,11 +250,11 @@ def test_a_model_of_small_layers_warns_with_the_reason():
     assert "3 eigenvalues, fewer than min_evals=8" in message
 
 
-@pytest.mark.xfail(strict=True, reason="the message names every layer, however many there are")
 def test_the_message_stays_readable_for_a_model_of_many_layers():
     model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(200)])
     (message,), _ = collect(lambda: boundary(SpectralMonitor(), model))
-    assert len(message) < 2000
+    assert len(message) < 500
+    assert message.endswith("and 195 more)")
 
 
 def test_a_measurement_that_fails_warns_once_and_the_projection_is_logged():

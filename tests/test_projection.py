@@ -12,6 +12,7 @@ from torch import nn
 from ww_train import ManifoldProjection, Projected, Skipped, WeightMatrix, weight_matrices
 from ww_train.manifold import critical_spectrum, feasible_tail_sizes
 from ww_train.power_law import fit_power_law
+from ww_train.projection import round_to
 
 from .oracles import dense, evals_by_svd, gaussian, heavy, orthogonal
 
@@ -385,3 +386,55 @@ def test_the_global_generator_is_untouched():
     project(gaussian(60, 40))
     assert torch.equal(torch.get_rng_state(), state[0])
     np.testing.assert_array_equal(np.random.get_state()[1], state[1])  # noqa: NPY002
+
+
+# Rounding
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+@HALF
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_number_of_sixteen_bits_is_rounded_to_itself(dtype, seed):
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    assert len(numbers) > 60000
+    assert torch.equal(round_to(numbers.double(), dtype, seed), numbers)
+
+
+@HALF
+@pytest.mark.parametrize(
+    "value", [1.0003, -1.0003, 0.4999, 3.14159e-3, 1.9999, -700.03, 1e-7, 3e-6]
+)
+def test_a_number_between_two_goes_to_either_and_keeps_its_mean(dtype, value):
+    copies = 20000
+    rounded = round_to(torch.full((copies,), value, dtype=torch.float64), dtype, 0).double()
+    low, high = sorted(set(rounded.tolist()))
+    assert low < value < high
+    between = torch.tensor([(low + high) / 2], dtype=torch.float64)
+    assert float(between.to(dtype)) in (low, high)  # no number of this dtype lies between them
+    deviation = (high - low) / 2 / math.sqrt(copies)
+    assert float(rounded.mean()) == pytest.approx(value, abs=5 * deviation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_numbers_are_rounded_to_the_nearest(dtype):
+    values = gaussian(50, 50, dtype=torch.float64)
+    assert torch.equal(round_to(values, dtype, 0), values.to(dtype))
+
+
+@HALF
+def test_rounding_depends_on_its_seed_alone(dtype):
+    values, state = gaussian(50, 50, dtype=torch.float64), torch.get_rng_state()
+    first = round_to(values, dtype, 7)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(123)
+    assert torch.equal(round_to(values, dtype, 7), first)
+    assert not torch.equal(round_to(values, dtype, 8), first)
+
+
+def test_what_does_not_fit_becomes_infinite():
+    values = torch.tensor([65519.0, 65536.0, -1e9], dtype=torch.float64)
+    rounded = round_to(values, torch.float16, 0)
+    assert float(rounded[0]) in (65504.0, math.inf)
+    assert rounded[1:].tolist() == [math.inf, -math.inf]

@@ -169,3 +169,14 @@ def test_traps_of_a_convolution_count_over_all_slices():
         assert measure(nn.Sequential(conv), randomize=True)["0"].num_traps == 0
         conv.weight[3, 4] = 60
     assert measure(nn.Sequential(conv), randomize=True)["0"].num_traps == 4
+
+
+def test_slices_of_different_variance_are_no_traps():
+    conv = nn.Conv2d(64, 128, 3, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(gaussian(128, 576).view(128, 64, 3, 3))
+        conv.weight[:, :, 1, 1] *= 1.5  # its bulk reaches above the edge of the pooled spectrum
+    layer = measure(nn.Sequential(conv), randomize=True)["0"]
+    assert layer.traps.mp.num_spikes > 5
+    assert layer.num_traps == 0
+    assert layer.trap_causes == ()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,12 +20,20 @@ from ww_train.erg import erg_tail
 from ww_train.linalg import Eigensolver, Job, decompose, gram_eigenvalues
 from ww_train.localization import vector_metrics
 from ww_train.marchenko_pastur import BulkFit, fit_mp
-from ww_train.matrices import Skipped, Source, WeightMatrix, delta, slices, weight_matrices
+from ww_train.matrices import (
+    Skipped,
+    Source,
+    WeightMatrix,
+    delta,
+    reasons,
+    slices,
+    weight_matrices,
+)
 from ww_train.power_law import TailFit, fit_power_law
 from ww_train.report import LayerReport, Report
 from ww_train.selection import Layers, select
 from ww_train.spectrum import Array, Spectrum
-from ww_train.traps import average_traps, count_traps, shuffle, trap_causes
+from ww_train.traps import TrapCause, average_traps, count_traps, shuffle, trap_causes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,7 +117,7 @@ def measure(
             if reason is not None:
                 skipped.append((plan.layer_id, Skipped(plan.matrix.name, reason)))
                 continue
-            own, *shuffled = (plan.spectrum(e.numpy()) for e in evals)
+            own, *shuffled = (plan.spectrum(e) for e in evals)
             own = own.inverse() if inverse else own
             tail = fit(own.positive)
             if tail and (tail.alpha - 1.0) * own.resolution > 1.0:
@@ -122,16 +132,12 @@ def measure(
                 slice_id=plan.matrix.slice_id,
             )
             if mp_fit:
-                report = replace(report, mp=(fit_mp if mp_fit is True else mp_fit)(own))
+                with suppress(ValueError):  # no bulk to be found: no columns, as for any failed fit
+                    report = replace(report, mp=(fit_mp if mp_fit is True else mp_fit)(own))
             if shuffled:
-                traps = [count_traps(spectrum, seed + i) for i, spectrum in enumerate(shuffled)]
                 report = replace(
                     report,
-                    traps=traps[0],
-                    trap_average=average_traps(traps) if len(traps) > 1 else None,
-                    trap_causes=trap_causes(plan.weights(), traps[0].mp)
-                    if traps[0].num_traps
-                    else (),
+                    **_traps(plan, evals[1:], seed),
                     rand_distance=jensen_shannon_distance(own.evals, shuffled[0].evals),
                 )
             if vectors:
@@ -154,10 +160,7 @@ def analyze(model: Source, *, progress: bool = True, **options: Any) -> pd.DataF
     """
     report = measure(model, progress=progress, **options)
     if not report.layers:
-        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.skipped)
-        warnings.warn(
-            f"no layer could be analysed ({reasons or 'the model holds no matrix'})", stacklevel=2
-        )
+        warnings.warn(f"no layer could be analysed ({reasons(report.skipped)})", stacklevel=2)
     return report.to_dataframe()
 
 
@@ -233,13 +236,15 @@ class _Plan:
 
         return Job(stacks, self.matrix.M, self.matrix.stack.device)
 
-    def spectrum(self, evals: Array) -> Spectrum:
+    def spectrum(self, slices: Tensor) -> Spectrum:
+        """The pooled spectrum of some of the layer's slices, from their `(number, M)` eigenvalues."""
         m = self.matrix
+        evals: Array = np.sort(slices.numpy(), axis=None)
         eps = torch.finfo(m.stack.dtype).eps
         if self.base is not None and evals.sum() > 0.0:
             # the difference carries the rounding of the weights, which are larger
             eps *= float(m.stack.to(torch.float64).norm()) / math.sqrt(evals.sum())
-        return Spectrum(evals * m.scale**2, m.N, m.M, m.rf, eps)
+        return Spectrum(evals * m.scale**2, m.N, m.M, len(slices), eps)
 
 
 def _selected(
@@ -289,9 +294,26 @@ def _plan(
     return _Plan(layer_id, matrix, partner)
 
 
+def _traps(plan: _Plan, shuffles: list[Tensor], seed: int) -> dict[str, Any]:
+    """Traps of each shuffle, and for the first one their causes, slice by slice."""
+    traps = [
+        count_traps(plan.spectrum(evals), seed + i, [plan.spectrum(part[None]) for part in evals])
+        for i, evals in enumerate(shuffles)
+    ]
+    causes: list[TrapCause] = []
+    if traps[0].num_traps:
+        for i, part in enumerate(slices(plan.weights())):
+            causes += [replace(cause, slice_id=i) for cause in trap_causes(part)]
+    return {
+        "traps": traps[0],
+        "trap_average": average_traps(traps) if len(traps) > 1 else None,
+        "trap_causes": tuple(sorted(causes, key=lambda cause: -cause.theta)),
+    }
+
+
 def _malformed(evals: Tensor, base: WeightMatrix | None) -> str | None:
-    top = float(evals[-1])  # NaN sorts last
-    if math.isnan(top):
+    top = float(evals.max())  # NaN if there is one
+    if math.isnan(top) or (math.isfinite(top) and math.isinf(float(evals.sum()))):
         return "NaN or infinite weights, or squares that overflow"
     if math.isinf(top):
         return "the eigenvalue solver failed"

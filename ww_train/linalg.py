@@ -133,7 +133,7 @@ def decompose(
         done: Called after each job.
 
     Returns:
-        For each job one tensor `(rf * M,)` a stack.
+        For each job one tensor `(rf, M)` a stack.
 
     Cost: see `gram` and `symmetric_eigenvalues`; one copy to the host a job on the CPU path, one in
     all for each accelerator.
@@ -142,7 +142,7 @@ def decompose(
 
     def solve(i: int) -> None:
         with torch.no_grad():
-            results[i] = [_pooled(solver(stack)) for stack in jobs[i].stacks()]
+            results[i] = [solver(stack) for stack in jobs[i].stacks()]
 
     cpu = [i for i, job in enumerate(jobs) if job.device.type == "cpu"]
     small = [i for i in cpu if jobs[i].M < LARGE]
@@ -161,15 +161,11 @@ def decompose(
                 solve(i)
                 done()
         flat = [evals for i in chosen for evals in results[i]]
-        host = iter(torch.split(torch.cat(flat).cpu(), [len(evals) for evals in flat]))
+        together = torch.cat([evals.flatten() for evals in flat]).cpu()
+        host = iter(torch.split(together, [evals.numel() for evals in flat]))
         for i in chosen:
-            results[i] = [next(host) for _ in results[i]]
+            results[i] = [next(host).view_as(evals) for evals in results[i]]
     return results
-
-
-def _pooled(evals: Tensor) -> Tensor:
-    """Eigenvalues of all slices as one ascending spectrum; NaN sorts last."""
-    return evals.flatten().sort().values
 
 
 def _on_all_cores(solve: Callable[[int], None], indices: list[int]) -> Iterator[None]:
@@ -205,6 +201,6 @@ def _batched(
                 for (owner, _), part in zip(
                     waiting, torch.split(evals, [len(g) for _, g in waiting]), strict=True
                 ):
-                    results[owner].append(_pooled(part))
+                    results[owner].append(part)
                 waiting = []
             done()

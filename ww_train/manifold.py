@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
 from ww_train.power_law import fit_power_law
 from ww_train.spectrum import Array
 

@@ -162,8 +162,13 @@ def _noise_block(spectrum: Spectrum, spikes: int) -> tuple[float, float]:
 
 def signal_energy(spikes: Array, N: float, M: float, variance: float) -> Array:
     """Strength theta² of the signals behind spikes above the edge, for noise of that variance."""
-    shifted = spikes - variance * (N + M)
-    return 0.5 * (shifted + np.sqrt(np.maximum(shifted**2 - 4.0 * variance**2 * N * M, 0.0)))
+    if variance == 0.0:
+        return spikes.copy()
+    shifted = spikes / variance - (N + M)  # in units of the noise, whose square may overflow
+    gap = 2.0 * math.sqrt(N * M)
+    root = np.sqrt(np.maximum(shifted - gap, 0.0)) * np.sqrt(np.maximum(shifted + gap, 0.0))
+    theta2: Array = 0.5 * variance * (shifted + root)
+    return theta2
 
 
 def mp_edges(N: float, M: float) -> tuple[float, float]:

@@ -7,7 +7,7 @@ several ("attn.in_proj_weight.q"), and are the same for a module and for its sta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -81,6 +81,14 @@ class Skipped:
 
     name: str
     reason: str
+
+
+def reasons(skipped: Sequence[Skipped], limit: int = 5) -> str:
+    """The first reasons as one line, for warnings."""
+    texts = [f"{layer.name}: {layer.reason}" for layer in skipped[:limit]]
+    if len(skipped) > limit:
+        texts.append(f"and {len(skipped) - limit} more")
+    return "; ".join(texts) or "the model holds no matrix"
 
 
 def slices(matrix: WeightMatrix) -> list[WeightMatrix]:

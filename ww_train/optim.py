@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ww_train.matrices import Skipped
+from ww_train.matrices import Skipped, reasons
 from ww_train.projection import ManifoldProjection, Projected, Projection
 from ww_train.targets import projection_targets
 
@@ -183,12 +183,12 @@ class WWPGD(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer; at every `steps_per_epoch`-th also `end_epoch`."""
         probe = self._is_probe(closure)
-        args: tuple[Any, ...] = (closure,)
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)  # as torch does
         kwargs: dict[str, Any] = {}
         for pre_hook in self._optimizer_step_pre_hooks.values():
             changed = pre_hook(self, args, kwargs)
             args, kwargs = (args, kwargs) if changed is None else changed
-        result = self.base.step(*(arg for arg in args if arg is not None), **kwargs)
+        result = self.base.step(*args[1:], **kwargs)
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, args, kwargs)
         if probe:
@@ -283,9 +283,7 @@ class WWPGD(Optimizer):
             targets = projection_targets(self.param_groups, self.model)
             results = tuple(self._project(matrix, strength) for matrix in targets)
         if not any(isinstance(result, Projected) for result in results):
-            reasons = [f"{r.name}: {r.reason}" for r in results if isinstance(r, Skipped)]
-            more = [f"and {len(reasons) - 5} more"] if len(reasons) > 5 else []
-            why = "; ".join(reasons[:5] + more) or "no matrix found"
+            why = reasons([result for result in results if isinstance(result, Skipped)])
             self._warn_once("none", f"WWPGD projects no layer ({why})")
         return results
 

@@ -6,6 +6,8 @@ A projection is any object with `project_(matrix, strength)`. It writes through 
 
 from __future__ import annotations
 
+import math
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -77,6 +79,8 @@ class ManifoldProjection:
     the Frobenius norm. Strength 1 lands on the manifold and is idempotent. The slices of a
     convolution have one pooled spectrum and one tail.
 
+    Weights of 16 bits are rounded stochastically (`round_to`), or small steps would be lost.
+
     Attributes:
         alpha: Target exponent, above 1.
         min_evals: Smaller layers are left alone: their alpha is not reliable.
@@ -137,7 +141,7 @@ class ManifoldProjection:
         np.divide(moved, positive, out=ratio, where=positive > 0.0)
         factors = np.empty(n)
         factors[order] = np.sqrt(ratio)
-        if not _rescale_(matrix.stack, vectors, factors):
+        if not _rescale_(matrix.stack, vectors, factors, seed=zlib.crc32(evals.tobytes())):
             return Skipped(matrix.name, f"the result would overflow {matrix.stack.dtype}")
         after = _spectrum(matrix, moved)
         return Projected(matrix.name, strength, target.distance, target.tail_size, before, after)
@@ -153,15 +157,35 @@ def _spectrum(matrix: WeightMatrix, evals: Array) -> Spectrum:
     return Spectrum(np.sort(evals), matrix.N, matrix.M, matrix.rf, eps)
 
 
-def _rescale_(stack: Tensor, vectors: Tensor, factors: Array) -> bool:
+def _rescale_(stack: Tensor, vectors: Tensor, factors: Array, seed: int) -> bool:
     """Multiply the singular values of every slice by `factors`; False, untouched, if not finite."""
     rf, rows, cols = stack.shape
     scaling = torch.from_numpy(factors).to(stack.device).view(rf, 1, -1)
     operator = (vectors * scaling) @ vectors.mT
     weights = stack.to(torch.float64)
     result = weights @ operator if rows >= cols else operator @ weights
-    rounded = result.to(stack.dtype)
+    rounded = round_to(result, stack.dtype, seed)
     if not rounded.isfinite().all():
         return False
     stack.copy_(rounded)
     return True
+
+
+def round_to(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """Round float64 values to a dtype: to the nearest, or stochastically if it has 16 bits.
+
+    Half-precision weights have so few digits that a small step, rounded to the nearest, changes
+    nothing at all; up or down at random, with the probabilities that keep the mean, it is kept on
+    average (Gupta et al., ICML 2015). The generator is its own, seeded by `seed`.
+    """
+    if torch.finfo(dtype).bits != 16:
+        return values.to(dtype)
+    info = torch.finfo(dtype)
+    digits = 1 - round(math.log2(info.eps))
+    spacing = torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent - digits)
+    spacing.clamp_(min=info.smallest_normal * info.eps)
+    generator = torch.Generator(values.device).manual_seed(seed)
+    dither = torch.rand(
+        values.shape, generator=generator, dtype=torch.float64, device=values.device
+    )
+    return torch.floor(values / spacing + dither).mul_(spacing).to(dtype)

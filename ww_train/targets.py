@@ -16,6 +16,10 @@ EMBEDDING_NAME = re.compile(r"(^|[._])(embed\w*|wte|wpe|tok_embeddings|lm_head)(
 LORA_NAME = re.compile(r"(^|[._])lora_(A|B|embedding)")
 
 
+COMPUTED_NAME = re.compile(r"(^|\.)(parametrizations\..*|weight_(orig|g|v))$")
+"""Names of what parametrizations, pruning and weight normalisation compute a weight from."""
+
+
 def projection_targets(
     param_groups: Sequence[dict[str, Any]], model: nn.Module | None = None
 ) -> Iterator[WeightMatrix | Skipped]:
@@ -68,6 +72,8 @@ def _of_groups(param_groups: Sequence[dict[str, Any]]) -> Iterator[WeightMatrix 
                 yield Skipped(matrix.name, "named like an embedding or a head tied to one")
             elif LORA_NAME.search(matrix.name):
                 yield Skipped(matrix.name, "a LoRA factor: its product is the layer")
+            elif COMPUTED_NAME.search(matrix.name):
+                yield Skipped(matrix.name, "named like a part from which a weight is computed")
             elif not parameter.requires_grad:
                 yield Skipped(matrix.name, "frozen")
             else:

@@ -41,9 +41,11 @@ class Traps:
     """Spikes of one seeded shuffle of a layer.
 
     Attributes:
-        num_traps: Number of eigenvalues of the shuffled matrix above the Tracy-Widom threshold.
+        num_traps: Number of eigenvalues of the shuffled matrix above the Tracy-Widom threshold, slice
+            by slice.
         max_rand_eval: Largest eigenvalue of the shuffled matrix.
-        mp: The random bulk of the shuffled matrix; its `threshold` is the line a trap crosses.
+        mp: The random bulk of the pooled shuffled spectrum; the `threshold` of a layer of one slice is
+            the line a trap crosses.
         seed: Seed of the shuffle, before the layer's name is mixed in.
     """
 
@@ -121,14 +123,24 @@ def shuffle(stack: Tensor, seed: int, name: str = "") -> Tensor:
     return shuffled
 
 
-def count_traps(shuffled: Spectrum, seed: int) -> Traps:
+def count_traps(shuffled: Spectrum, seed: int, slices: Sequence[Spectrum] = ()) -> Traps:
     """Traps of a layer, from the spectrum of its shuffled matrix.
 
     A shuffled matrix of well-behaved entries shows a trap with probability
-    `ww_train.marchenko_pastur.FALSE_ALARM`.
+    `ww_train.marchenko_pastur.FALSE_ALARM`. The slices of a convolution are random matrices of
+    different variance, so that each has an edge of its own: their traps are counted one by one.
+
+    Args:
+        shuffled: The pooled spectrum.
+        seed: Seed of the shuffle.
+        slices: The spectra of the slices, if there are several.
     """
     mp = fit_mp(shuffled)
-    return Traps(mp.num_spikes, shuffled.lambda_max, mp, seed)
+    num_traps = mp.num_spikes
+    if len(slices) > 1:
+        share = FALSE_ALARM / len(slices)
+        num_traps = sum(fit_mp(part, share).num_spikes for part in slices if part.norm > 0.0)
+    return Traps(num_traps, shuffled.lambda_max, mp, seed)
 
 
 def average_traps(shuffles: Sequence[Traps]) -> TrapAverage:
@@ -211,7 +223,7 @@ def trap_causes(matrix: WeightMatrix, mp: MPFit | None = None) -> tuple[TrapCaus
             by the same balance of energy.
 
     Returns:
-        Means and entries, strongest first; at most M above and M below the mean of each slice. None
+        Means and entries, strongest first; at most M above and M below the mean of each slice. Empty
         if a weight is not finite.
 
     Cost: a few passes over the weights and `8 N M rf` bytes; one copy to the host.
