@@ -48,6 +48,7 @@ class WeightWatcherCallback(pl.Callback):
             randomize=randomize, seed=seed, every_n_epochs=every_n_epochs
         )
         self._last_step = -1
+        self._phantom = False
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -85,15 +86,14 @@ class WeightWatcherCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any, **_kwargs: Any
     ) -> None:
         """After the last batch: project, measure, log; validation and checkpoints come later."""
-        if trainer.fit_loop._skip_backward:
-            # StochasticWeightAveraging appends an epoch without training to update batch norms
-            self._last_step = trainer.global_step
-        elif trainer.is_last_batch:
+        # StochasticWeightAveraging appends an epoch without training to update batch norms
+        self._phantom = trainer.fit_loop._skip_backward
+        if trainer.is_last_batch and not self._phantom:
             self._boundary(trainer, pl_module, epoch=trainer.current_epoch + 1, project=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """An epoch cut short had no last batch: measure it, but do not project."""
-        if trainer.global_step != self._last_step:
+        if trainer.global_step != self._last_step and not self._phantom:
             self._boundary(trainer, pl_module, epoch=trainer.current_epoch + 1, project=False)
 
     def _boundary(

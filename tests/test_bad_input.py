@@ -386,3 +386,16 @@ def test_tensors_of_any_shape_and_name(shapes):
     named = {x.name for x in report} | {x.name for x in report.skipped}
     matrices = {name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) > 1}
     assert all(any(n == m or n.startswith(f"{m}.") for n in named) for m in matrices)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model"])
+def test_a_checkpoint_is_read_under_its_usual_keys(wrapper):
+    assert [x.name for x in measure({wrapper: {"fc.weight": G}, "epoch": 3})] == ["fc"]
+
+
+@pytest.mark.parametrize(
+    "key", ["0.weight_orig", "0.weight_mask", "parametrizations.weight.0.base"]
+)
+def test_what_a_weight_is_computed_from_is_no_layer(key):
+    (skipped,) = measure({key: G}).skipped
+    assert "computed" in skipped.reason

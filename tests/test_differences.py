@@ -36,6 +36,7 @@ from ww_train import (
     measure,
 )
 from ww_train.divergence import jensen_shannon_distance
+from ww_train.linalg import svd_eigenvalues
 from ww_train.power_law import fit_power_law
 
 from .oracles import (
@@ -103,7 +104,10 @@ class Peer:
 @pytest.fixture(scope="module")
 def ww(peer):  # noqa: F811
     """The peer; the fixture of test_parity has imported it and undone what that does."""
-    return Peer(sys.modules["weightwatcher"])
+    found = Peer(sys.modules["weightwatcher"])
+    if found.rmt.EPSILON != 1e-10:
+        pytest.skip("where there is a GPU the peer rounds all weights to float16")
+    return found
 
 
 def frame(model, **options):
@@ -296,7 +300,7 @@ def test_wrappers_are_no_part_of_a_name(ww):
 
 
 PASSED_OVER = {
-    "attention": (nn.MultiheadAttention(16, 4), [f"in_proj_weight.{p}" for p in "qkv"]),
+    "attention": (nn.MultiheadAttention(16, 4), [f"in_proj_weight.{part}" for part in "qkv"]),
     "LSTM": (nn.LSTM(11, 12), [f"weight_{x}_l0.{gate}" for x in ("ih", "hh") for gate in "ifgo"]),
     "GRU": (nn.GRU(11, 12), [f"weight_{x}_l0.{gate}" for x in ("ih", "hh") for gate in "rzn"]),
     "RNN": (nn.RNN(11, 12), ["weight_ih_l0", "weight_hh_l0"]),
@@ -304,6 +308,7 @@ PASSED_OVER = {
     "Conv3d": (nn.Conv3d(10, 12, (1, 2, 3)), [""]),
     "experts": (Experts(), [f"gate_up_proj.{index}" for index in range(3)]),
 }
+TYPES = {"attention", "recurrent", "conv2d", "conv3d", "expert", "bilinear"}
 
 
 @pytest.mark.parametrize("kind", PASSED_OVER)
@@ -313,6 +318,7 @@ def test_layers_that_the_peer_passes_over(ww, kind):
     names = [f"x.{name}".rstrip(".") for name in names]
     report = measure(model)
     assert [x.name for x in report if x.name.startswith("x") and "out_proj" not in x.name] == names
+    assert {report[name].layer_type for name in names} < TYPES
     assert set(ww.analyze(model).longname) <= {"x.out_proj", "fc"}
     weights = [w.detach() for n, w in module.named_parameters() if w.ndim > 1 and "out_" not in n]
     if kind in ("ConvTranspose2d", "Conv3d"):
@@ -375,15 +381,17 @@ def test_the_weight_in_use_is_measured_if_it_is_computed(ww):
     with torch.no_grad():
         old.weight_g *= 3  # an optimizer step
         pruned.weight_orig *= 3
-    stale = [float((layer.weight**2).sum()) for layer in (old, pruned)]
+    stale = [float((layer.weight.detach() ** 2).sum()) for layer in (old, pruned)]
     model = nn.ModuleDict({"old": old, "pruned": pruned})
     assert ww.analyze(model).norm.tolist() == pytest.approx(stale)
     ours = frame(model).norm.tolist()
     old(torch.ones(20)), pruned(torch.ones(20))  # the next forward pass
-    assert ours == pytest.approx([float((layer.weight**2).sum()) for layer in (old, pruned)])
+    assert ours == pytest.approx(
+        [float((layer.weight.detach() ** 2).sum()) for layer in (old, pruned)]
+    )
     assert ours == pytest.approx([9 * norm for norm in stale])
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(20, 12))
-    norm = float((parametrized.weight**2).sum())
+    norm = float((parametrized.weight.detach() ** 2).sum())
     assert row(nn.Sequential(parametrized))["norm"] == pytest.approx(norm)
     with pytest.raises(AttributeError):
         ww.analyze(nn.Sequential(parametrized))
@@ -493,9 +501,6 @@ def test_a_layer_that_does_not_exist_is_an_error(ww):
     assert ww.describe(model, layers=["conv2d", 1]).longname.tolist() == ["dense"]  # 1 wins
 
 
-@pytest.mark.xfail(
-    strict=True, reason="`layers or ()` in select: the truth value of an array or a Series"
-)
 def test_layers_are_chosen_by_what_a_frame_holds():
     model = nn.Sequential(nn.Linear(20, 12), nn.Linear(20, 13))
     ours = frame(model)
@@ -503,7 +508,6 @@ def test_layers_are_chosen_by_what_a_frame_holds():
         assert [x.name for x in measure(model, layers=layers)] == ["1"]
 
 
-@pytest.mark.xfail(strict=True, reason="`layers or ()` in select: numpy's 0 is no int, and false")
 def test_the_first_layer_may_be_chosen_by_a_numpy_integer():
     model = nn.Sequential(nn.Linear(20, 12), nn.Linear(20, 13))
     assert [x.name for x in measure(model, layers=np.int64(0))] == ["0"]
@@ -608,6 +612,18 @@ def test_entropy_does_not_depend_on_a_device(ww, monkeypatch):
     assert ww.analyze({"w.weight": weight}).entropy[0] == pytest.approx(1.0, abs=1e-6)
     monkeypatch.setattr(ww.rmt, "EPSILON", ww.rmt.HALF_EPSILON)  # as where there is a GPU
     assert ww.analyze({"w.weight": weight}).entropy[0] > 1.02
+    assert ww.rmt.matrix_entropy(np.ones(4096), 4096) == pytest.approx(1.21, abs=0.01)
+
+
+def test_the_smallest_eigenvalues_need_an_svd(ww):
+    spread = torch.logspace(0, -6, 40, dtype=torch.float64)
+    weight = (orthogonal(60)[:, :40] * spread @ orthogonal(40, 1)).float()
+    literal = math.sqrt(evals_by_svd(weight)[0])
+    assert ww.analyze({"w.weight": weight}).sv_min[0] == pytest.approx(literal, rel=1e-9)
+    assert row(weight, eigensolver=svd_eigenvalues)["sv_min"] == pytest.approx(literal, rel=1e-9)
+    assert row(weight)["sv_min"] != pytest.approx(literal, rel=1e-6)
+    error = abs(row(weight)["sv_min"] ** 2 - literal**2)
+    assert error < 40 * 2.3e-16 * row(weight)["lambda_max"]
 
 
 def test_float64_weights_are_not_rounded(ww):
@@ -629,15 +645,17 @@ def test_weights_are_not_rounded_to_half_precision(ww, monkeypatch):
     # as where there is a GPU
     monkeypatch.setattr(ww.module.weightwatcher, "torch_T_to_np", lambda t: t.half().numpy())
     assert ww.analyze(model, base_model=before).norm[0] > 3 * literal
+    with pytest.raises(ValueError, match="infs or NaNs"):
+        ww.analyze(model_of(a=base * 1e7))
 
 
 # The power law
 
 
 def test_rounding_errors_of_large_weights_are_not_fitted(ww):
-    weight = gaussian(64, 10) @ gaussian(10, 40, 1)
+    weight = gaussian(64, 8) @ gaussian(8, 40, 1)
     large = weight * 2.0**20
-    literal = fit_power_law(evals_by_svd(weight)[-10:]).alpha
+    literal = fit_power_law(evals_by_svd(weight)[-8:]).alpha
     assert row(weight)["alpha"] == pytest.approx(literal, rel=1e-6)
     assert row(large)["alpha"] == row(weight)["alpha"]
     assert ww.analyze({"w.weight": large}).alpha[0] != pytest.approx(literal, rel=0.1)
@@ -819,7 +837,7 @@ def test_the_erg_columns_are_always_there(ww, dense_net):
 def too_wide():
     """A bulk that is narrower than the grid of the kernel fit, beside one large eigenvalue."""
     evals = np.append(0.6 * np.linspace(0.95, 1.05, 999), 400.6)
-    weight = torch.zeros(2000, 1000)
+    weight = torch.zeros(1100, 1000)
     weight[:1000].diagonal().copy_(torch.tensor(np.sqrt(evals)))
     return weight
 
@@ -867,7 +885,7 @@ def test_rand_distance_is_a_distance_of_distributions(ww):
     x, y = np.sort(rng.normal(1, 0.01, 500)), np.sort(rng.normal(5, 0.05, 500))
     with contained():
         theirs = ww.rmt.jensen_shannon_distance(x, y), ww.rmt.jensen_shannon_distance(x, 3 * x)
-    assert theirs[0] < 0.01
+    assert theirs[0] == pytest.approx(0.0005, abs=1e-5)
     assert not theirs[1] > 0.01  # zero, or NaN
     for z in (y, 3 * x):
         assert jensen_shannon_distance(x, z) == pytest.approx(math.sqrt(math.log(2)))
@@ -890,7 +908,9 @@ def test_base_layers_are_found_by_name(ww):
     assert frame(model, base_model=base).norm.tolist() == pytest.approx(literal, rel=1e-4)
     theirs = ww.analyze(model, base_model=base).norm.tolist()
     assert theirs[0] == pytest.approx(literal[0], rel=1e-4)
-    assert theirs[1] == pytest.approx(float((model.fc2.weight**2).sum()))  # nothing subtracted
+    assert theirs[1] == pytest.approx(
+        float((model.fc2.weight.detach() ** 2).sum())
+    )  # nothing subtracted
     skipped = frame(base, base_model=model).attrs["skipped"]
     assert skipped == {"extra": "the base model has no layer of this name"}
 
@@ -1001,7 +1021,7 @@ def test_conv2d_fft_leaves_out_the_imaginary_part(ww):
     kernel = conv.weight.detach().double() * 0.5**0.5
     transformed = torch.fft.fft2(kernel, (32, 32))
     theirs = ww.analyze(nn.Sequential(conv), conv2d_fft=True).norm[0]
-    assert theirs < 0.6 * float((transformed.abs() ** 2).sum())
+    assert theirs < 0.65 * float((transformed.abs() ** 2).sum())
 
 
 # Calls
@@ -1103,8 +1123,11 @@ def test_every_row_of_the_table_is_complete_and_its_tests_exist():
 def test_every_test_of_a_difference_is_in_the_table():
     cited = {test for cells in table() for file, test in CITED.findall(cells[-1]) if not file}
     here = {name for name in functions_in("test_differences") if name.startswith("test_")}
-    of_the_table = {name for name in here if name.endswith(("in_the_table", "its_tests_exist"))}
-    assert here - of_the_table == cited
+    about_the_table = {
+        "test_every_row_of_the_table_is_complete_and_its_tests_exist",
+        "test_every_test_of_a_difference_is_in_the_table",
+    }
+    assert here - about_the_table == cited
 
 
 def documented(name):
@@ -1118,6 +1141,7 @@ def documented(name):
 def test_every_option_of_the_peer_is_ours_or_in_the_table(ww):
     ours = set(inspect.signature(measure).parameters)
     watcher = ww.module.WeightWatcher
+    assert not documented("no_such_option")
     for method in (watcher.analyze, watcher.describe, watcher.get_ESD, watcher.__init__):
         theirs = set(inspect.signature(method).parameters) - {"self"}
         assert [x for x in theirs - ours if not documented(x)] == []

@@ -438,3 +438,19 @@ def test_what_does_not_fit_becomes_infinite():
     rounded = round_to(values, torch.float16, 0)
     assert float(rounded[0]) in (65504.0, math.inf)
     assert rounded[1:].tolist() == [math.inf, -math.inf]
+
+
+@pytest.mark.xfail(strict=True, reason="taken for floating-point: the imaginary parts are erased")
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+def test_complex_weights_are_refused_or_left_alone():
+    weight = torch.complex(gaussian(60, 40), gaussian(60, 40, seed=1))
+    before = weight.clone()
+    with contextlib.suppress(TypeError, ValueError):
+        ManifoldProjection().project_(weight)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="the message is about read_only")
+def test_an_array_is_refused_with_a_clear_message():
+    with pytest.raises(TypeError, match="Tensor"):
+        ManifoldProjection().project_(np.ones((60, 40)))

@@ -7,6 +7,7 @@ several ("attn.in_proj_weight.q"), and are the same for a module and for its sta
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ Source: TypeAlias = "nn.Module | Mapping[str, Tensor] | Tensor | np.ndarray"
 
 CONV_SCALE = math.sqrt(0.5)
 """Factor on every slice of a convolution: WeightWatcher's `conv2d_norm` for a pooled spectrum."""
+
+COMPUTED_FROM = re.compile(r"(^|\.)(parametrizations\..*|weight_(orig|mask|g|v))$")
+"""Names of what parametrizations, pruning and weight normalisation compute a weight from."""
 
 WRAPPER_SEGMENTS = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -246,9 +250,15 @@ class _Hook:
 
 
 def _of_state_dict(state: Mapping[str, object]) -> Iterator[WeightMatrix | Skipped]:
-    inner = state.get("state_dict")
-    if isinstance(inner, Mapping):
-        state = inner
+    for wrapper in (
+        "state_dict",
+        "model_state_dict",
+        "model",
+    ):  # what people save checkpoints under
+        inner = state.get(wrapper)
+        if isinstance(inner, Mapping):
+            state = inner
+            break
     first_name: dict[tuple[object, ...], str] = {}
     for key, tensor in state.items():
         if not isinstance(key, str):
@@ -258,6 +268,9 @@ def _of_state_dict(state: Mapping[str, object]) -> Iterator[WeightMatrix | Skipp
         if not isinstance(tensor, Tensor) or tensor.ndim < 2:
             continue
         name = layer_name(key)
+        if COMPUTED_FROM.search(key):
+            yield Skipped(name, "a part from which a weight is computed: pass the module instead")
+            continue
         storage = _storage(tensor)
         if storage in first_name:
             yield Skipped(name, f"shares its weights with {first_name[storage]}")
@@ -322,7 +335,9 @@ def of_parameter(
         return
     for label, kind, stack, scale in _stacks(parameter, tensor.detach(), owner, siblings):
         if kind.startswith("conv") and stack.shape[0] > 1 and min(stack.shape[1:]) == 1:
-            yield Skipped(name, f"its {stack.shape[0]} slices are vectors (a depthwise kernel?)")
+            yield Skipped(
+                name, f"its {stack.shape[0]} slices are vectors (depthwise, or one channel)"
+            )
             continue
         locked = read_only
         if stack.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():

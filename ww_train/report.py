@@ -104,8 +104,11 @@ class LayerReport:
 
     @property
     def verdict(self) -> str:
-        """One word: over-trained, critical, well-trained, under-trained or malformed (no fit)."""
-        if not self.fit:
+        """One word: over-trained, critical, well-trained, under-trained or malformed.
+
+        A layer is malformed if its tail is no power law: no fit, or one with `D` above `POOR_FIT`.
+        """
+        if not self.fit or self.fit.D > POOR_FIT:
             return "malformed"
         if abs(self.fit.alpha - OVER_TRAINED) <= CRITICAL_WIDTH:
             return "critical"

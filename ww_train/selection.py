@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import TypeAlias
 
 Pattern: TypeAlias = "str | int | re.Pattern[str]"
@@ -33,7 +34,12 @@ def select(
         TypeError: If a pattern is none of the above.
     """
     names = [name for name, _ in catalogue]
-    patterns = [layers] if isinstance(layers, str | int | re.Pattern) else list(layers or ())
+    if layers is None:
+        patterns: list[Pattern] = []
+    elif isinstance(layers, Iterable) and not isinstance(layers, str):
+        patterns = list(layers)  # also an array or a Series, such as a column of `analyze`
+    else:
+        patterns = [layers]
     included, excluded = set[int](), set[int]()
     positive = False
     for pattern in patterns:
@@ -56,15 +62,16 @@ def select(
 
 
 def _matching(pattern: Pattern, names: list[str]) -> set[int]:
-    if isinstance(pattern, bool) or not isinstance(pattern, str | int | re.Pattern):
+    if isinstance(pattern, bool) or not isinstance(pattern, str | Integral | re.Pattern):
         raise TypeError(
             "layers are chosen by name, glob, compiled regular expression or position, "
             f"got {pattern!r} of type {type(pattern).__name__}"
         )
-    if isinstance(pattern, int):
-        if not -len(names) <= pattern < len(names):
-            raise ValueError(f"there is no layer {pattern}: the model has {len(names)} layers")
-        return {pattern % len(names)}
+    if isinstance(pattern, Integral):
+        position = int(pattern)
+        if not -len(names) <= position < len(names):
+            raise ValueError(f"there is no layer {position}: the model has {len(names)} layers")
+        return {position % len(names)}
     matches: Callable[[str], object]
     if isinstance(pattern, re.Pattern):
         matches = pattern.search

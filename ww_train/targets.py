@@ -8,16 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ww_train.matrices import Skipped, WeightMatrix, layer_name, of_parameter, weight_matrices
+from ww_train.matrices import (
+    COMPUTED_FROM,
+    Skipped,
+    WeightMatrix,
+    layer_name,
+    of_parameter,
+    weight_matrices,
+)
 
 EMBEDDING_NAME = re.compile(r"(^|[._])(embed\w*|wte|wpe|tok_embeddings|lm_head)($|[._])")
 """Names that embeddings and output heads tied to them have, for parameters without a module."""
 
 LORA_NAME = re.compile(r"(^|[._])lora_(A|B|embedding)")
-
-
-COMPUTED_NAME = re.compile(r"(^|\.)(parametrizations\..*|weight_(orig|g|v))$")
-"""Names of what parametrizations, pruning and weight normalisation compute a weight from."""
 
 
 def projection_targets(
@@ -72,7 +75,7 @@ def _of_groups(param_groups: Sequence[dict[str, Any]]) -> Iterator[WeightMatrix 
                 yield Skipped(matrix.name, "named like an embedding or a head tied to one")
             elif LORA_NAME.search(matrix.name):
                 yield Skipped(matrix.name, "a LoRA factor: its product is the layer")
-            elif COMPUTED_NAME.search(matrix.name):
+            elif COMPUTED_FROM.search(matrix.name):
                 yield Skipped(matrix.name, "named like a part from which a weight is computed")
             elif not parameter.requires_grad:
                 yield Skipped(matrix.name, "frozen")
