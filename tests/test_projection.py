@@ -307,7 +307,7 @@ UNFIT = {
     "zero": (lambda: torch.zeros(60, 40), "all weights are zero"),
     "rank one": (lambda: gaussian(60, 1) @ gaussian(1, 40), "rank 1 of 40 is too low"),
     "few eigenvalues": (lambda: gaussian(60, 19), "19 eigenvalues, fewer than min_evals=20"),
-    "empty": (lambda: torch.zeros(60, 0), "0 eigenvalues"),
+    "empty": (lambda: torch.zeros(60, 0), "empty"),
 }
 
 
@@ -440,8 +440,6 @@ def test_what_does_not_fit_becomes_infinite():
     assert rounded[1:].tolist() == [math.inf, -math.inf]
 
 
-@pytest.mark.xfail(strict=True, reason="taken for floating-point: the imaginary parts are erased")
-@pytest.mark.filterwarnings("ignore:Casting complex values to real")
 def test_complex_weights_are_refused_or_left_alone():
     weight = torch.complex(gaussian(60, 40), gaussian(60, 40, seed=1))
     before = weight.clone()
@@ -450,7 +448,6 @@ def test_complex_weights_are_refused_or_left_alone():
     assert torch.equal(weight, before)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="the message is about read_only")
 def test_an_array_is_refused_with_a_clear_message():
     with pytest.raises(TypeError, match="Tensor"):
         ManifoldProjection().project_(np.ones((60, 40)))

@@ -66,7 +66,8 @@ def feasible_tail_sizes(n: int, alpha: float = 2.0, rank: int | None = None) -> 
         rank: Number of eigenvalues that may be positive; n by default.
 
     Returns:
-        A float array; empty if there is no critical spectrum (n below about 10).
+        A float array; empty if there is no critical spectrum: for alpha 2 and 3 when n is below 5, for
+        alpha 1.5 for many n up to 78.
     """
     k, scale, harmonic, q = _templates(n, alpha)
     bulk = n - scale * harmonic  # sum of the bulk for m = 1

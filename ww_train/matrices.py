@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -52,10 +52,10 @@ class WeightMatrix:
 
     name: str
     layer_type: str
-    stack: Tensor
+    stack: Tensor = field(repr=False)
     scale: float = 1.0
     read_only: str | None = None
-    parameter: Tensor | None = None
+    parameter: Tensor | None = field(default=None, repr=False)
     slice_id: int | None = None
 
     @property
@@ -320,7 +320,7 @@ def of_parameter(
     if nn.parameter.is_lazy(tensor):
         yield Skipped(name, "not initialised yet (lazy module: run one forward pass first)")
         return
-    if tensor.ndim < 2:
+    if tensor.ndim < 2 or parameter.rpartition(".")[2] == "bias":
         return
     if isinstance(owner, nn.LayerNorm | nn.RMSNorm):
         yield Skipped(name, "a normalisation over several dimensions is no matrix")

@@ -19,7 +19,7 @@ from torch import Tensor
 from ww_train.erg import erg_tail
 from ww_train.linalg import gram
 from ww_train.manifold import critical_spectrum, feasible_tail_sizes, partial_step
-from ww_train.matrices import Skipped, WeightMatrix
+from ww_train.matrices import Skipped, WeightMatrix, of_parameter
 from ww_train.power_law import SMALL_N, PowerLawFit, fit_power_law
 from ww_train.spectrum import Array, Spectrum
 
@@ -117,7 +117,12 @@ class ManifoldProjection:
         if isinstance(matrix, Tensor):
             if matrix.ndim != 2:
                 raise ValueError(f"expected a matrix, got a tensor of shape {tuple(matrix.shape)}")
-            matrix = WeightMatrix("W", "dense", matrix.detach()[None])
+            found = next(of_parameter("W", matrix))
+            if isinstance(found, Skipped):
+                return found
+            matrix = found
+        if not isinstance(matrix, WeightMatrix):
+            raise TypeError(f"expected a WeightMatrix or a Tensor, got {type(matrix).__name__}")
         if matrix.read_only:
             return Skipped(matrix.name, matrix.read_only)
         n = matrix.num_evals

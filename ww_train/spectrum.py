@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -29,7 +29,7 @@ class Spectrum:
     All logarithms are base 10 except in `entropy`, as in WeightWatcher.
     """
 
-    evals: Array
+    evals: Array = field(repr=False)
     N: int
     M: int
     rf: int = 1
