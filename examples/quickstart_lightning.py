@@ -62,7 +62,7 @@ def train(name: str, args: argparse.Namespace) -> tuple[Report, Report, float]:
     trainer = pl.Trainer(
         max_epochs=args.epochs,
         callbacks=[WeightWatcherCallback()],  # the one line that watches
-        logger=TensorBoardLogger(args.log_dir, name="", version=name),
+        logger=TensorBoardLogger(args.log_dir, name=name, version=""),
         accelerator=args.device,
         devices=1,
         enable_checkpointing=False,
@@ -107,6 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*num_workers.*")  # small data, held in memory
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")  # Lightning about torch
 
     start, adamw, adamw_accuracy = train("AdamW", args)
     _, wwpgd, wwpgd_accuracy = train("WWPGD(AdamW)", args)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ww_train.confidence import confidence
 from ww_train.divergence import jensen_shannon_distance
 from ww_train.erg import erg_tail
-from ww_train.linalg import Eigensolver, Job, decompose, gram_eigenvalues
+from ww_train.linalg import Eigensolver, Job, decompose, gram_eigenvalues, svd_eigenvalues
 from ww_train.localization import vector_metrics
 from ww_train.marchenko_pastur import BulkFit, fit_mp
 from ww_train.matrices import (
@@ -56,7 +56,7 @@ def measure(
     min_evals: int = 8,
     max_evals: int | None = 15000,
     max_N: int | None = None,
-    eigensolver: Eigensolver = gram_eigenvalues,
+    eigensolver: Eigensolver | None = None,
     progress: bool = False,
 ) -> Report:
     """Measure the spectrum of every layer of a model. Changes nothing, uses no global generator.
@@ -80,7 +80,8 @@ def measure(
         max_evals: Layers with more are skipped; None for no limit.
         max_N: Layers whose larger dimension is above are skipped; None for no limit.
         eigensolver: Arithmetic: `ww_train.linalg.gram_eigenvalues`, `svd_eigenvalues` (exact for tiny
-            eigenvalues) or `float32_eigenvalues` (fast, rough).
+            eigenvalues) or `float32_eigenvalues` (fast, rough). By default the first, and for the
+            inverse, where the smallest eigenvalues become the largest, the second.
         progress: Show a progress bar on standard error if it is a terminal.
 
     Returns:
@@ -110,7 +111,8 @@ def measure(
     jobs = [plan.job(range(seed, seed + int(randomize))) for plan in plans]
     bar = tqdm(total=len(jobs), unit="layer", delay=1, disable=not progress or None)
     with bar, torch.no_grad():
-        spectra = decompose(jobs, eigensolver, bar.update)
+        solver = eigensolver or (svd_eigenvalues if inverse else gram_eigenvalues)
+        spectra = decompose(jobs, solver, bar.update)
         measured: list[LayerReport] = []
         for plan, evals in zip(plans, spectra, strict=True):
             reason = _malformed(evals[0], plan.base)
