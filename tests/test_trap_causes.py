@@ -16,15 +16,8 @@ from ww_train.marchenko_pastur import (
 )
 from ww_train.matrices import WeightMatrix, weight_matrices
 from ww_train.spectrum import Spectrum
-from ww_train.traps import (
-    TrapAverage,
-    average_traps,
-    count_traps,
-    has_spike,
-    shuffle,
-    trap_causes,
-    without_causes,
-)
+from ww_train.trap_causes import trap_causes, without_causes
+from ww_train.traps import TrapAverage, average_traps, count_traps, shuffle
 
 from .oracles import evals_by_svd, gaussian, heavy
 
@@ -395,41 +388,6 @@ def test_the_average_over_shuffles():
     assert average.num_traps_mean == pytest.approx(np.mean(counts))
     assert average.num_traps_std == pytest.approx(np.std(counts, ddof=1))
     assert average_traps(shuffles[:1]) == TrapAverage(1, float(counts[0]), None)
-
-
-@pytest.mark.parametrize("M", [1, 2, 100, 128, 129, 300])
-def test_has_spike_agrees_with_the_eigenvalues(M):
-    grams = grams_of(gaussian(2 * M + 3, M, M)[None])
-    evals = torch.linalg.eigvalsh(grams[0])
-    top = evals[-1].item()
-    for below in (1.01 * top, (1 + 1e-10) * top):
-        assert not has_spike(grams, below)
-    for above in (evals.median().item() * 0.999, 0.99 * top, (1 - 1e-10) * top, 0.0, -1.0):
-        assert has_spike(grams, above)
-
-
-def test_has_spike_looks_at_every_slice_and_changes_none():
-    stack = gaussian(1200, 100).view(3, 400, 100)
-    stack[1, 3, 4] = 60
-    grams = grams_of(stack)
-    before = grams.clone()
-    assert [has_spike(g[None], 1500.0) for g in grams] == [False, True, False]
-    assert has_spike(grams, 1500.0)
-    assert torch.equal(grams, before)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_has_spike_at_the_threshold_is_whether_there_are_traps(seed):
-    weight = gaussian(128, 96, seed)
-    weight[3, 4] = line(128, 96)  # a trap in some of the cases
-    matrix = matrix_of(weight)
-    traps = traps_of(matrix)
-    grams = grams_of(shuffle(matrix.stack, 0, matrix.name))
-    assert has_spike(grams, traps.mp.threshold) == (traps.num_traps > 0)
-
-
-def test_has_spike_does_not_clear_what_is_not_finite():
-    assert has_spike(torch.full((1, 5, 5), math.nan, dtype=torch.float64), 1.0)
 
 
 def test_the_short_index_shuffles_as_the_long_one():

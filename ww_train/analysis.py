@@ -33,7 +33,8 @@ from ww_train.power_law import TailFit, fit_power_law
 from ww_train.report import LayerReport, Report
 from ww_train.selection import Layers, select
 from ww_train.spectrum import Array, Spectrum
-from ww_train.traps import TrapCause, average_traps, count_traps, shuffle, trap_causes
+from ww_train.trap_causes import TrapCause, trap_causes
+from ww_train.traps import average_traps, count_traps, shuffle
 
 if TYPE_CHECKING:
     import pandas as pd

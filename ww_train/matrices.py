@@ -7,23 +7,21 @@ several ("attn.in_proj_weight.q"), and are the same for a module and for its sta
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ww_train.effective import COMPUTED_FROM, own_weights
+
 Source: TypeAlias = "nn.Module | Mapping[str, Tensor] | Tensor | np.ndarray"
 
 CONV_SCALE = math.sqrt(0.5)
 """Factor on every slice of a convolution: WeightWatcher's `conv2d_norm` for a pooled spectrum."""
-
-COMPUTED_FROM = re.compile(r"(^|\.)(parametrizations\..*|weight_(orig|mask|g|v))$")
-"""Names of what parametrizations, pruning and weight normalisation compute a weight from."""
 
 WRAPPER_SEGMENTS = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
@@ -176,7 +174,7 @@ def _of_module(model: nn.Module) -> Iterator[WeightMatrix | Skipped]:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
     for path, module in model.named_modules():
-        for own_name, tensor, read_only in _own_weights(module):
+        for own_name, tensor, read_only in own_weights(module):
             parameter = f"{path}.{own_name}" if path else own_name
             name = layer_name(parameter)
             if read_only is None and id(tensor) in first_name:
@@ -188,65 +186,6 @@ def _of_module(model: nn.Module) -> Iterator[WeightMatrix | Skipped]:
                 if isinstance(matrix, WeightMatrix) and id(tensor) in embeddings:
                     matrix = replace(matrix, layer_type="embedding")  # also a head tied to one
                 yield matrix
-
-
-def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor, str | None]]:
-    """Names, tensors and read-only reasons of the weights that belong to `module` itself."""
-    if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return  # the module that owns the list yields the effective weight
-    computed = {hook.name: hook for hook in map(_Hook, module._forward_pre_hooks.values()) if hook}
-    for name, parameter in module._parameters.items():
-        if parameter is not None and not any(name.startswith(f"{own}_") for own in computed):
-            yield name, parameter, None
-    with torch.no_grad():
-        for name, hook in computed.items():
-            yield name, hook.weight(module), "its weight is computed by a hook before each forward"
-        if nn.utils.parametrize.is_parametrized(module):
-            assert isinstance(module.parametrizations, nn.ModuleDict)
-            for name, chain in module.parametrizations.items():
-                with _evaluating(chain):
-                    effective = getattr(module, name)
-                yield name, effective, "its weight is computed by a parametrization"
-    if type(module).__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "weight"):
-        packed: Any = module.weight  # a method there
-        yield "weight", packed(), "quantised"
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a moment: spectral norm advances its vectors when read in training."""
-    modes = [(part, part.training) for part in module.modules()]
-    for part, _ in modes:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-class _Hook:
-    """A forward pre-hook that computes a weight: weight_norm, spectral_norm or pruning of old."""
-
-    def __init__(self, hook: object) -> None:
-        self.hook: Any = hook
-        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
-        self.name: str = name if isinstance(name, str) else ""
-
-    def __bool__(self) -> bool:
-        known = hasattr(self.hook, "compute_weight") or hasattr(self.hook, "apply_mask")
-        return bool(self.name) and known
-
-    def weight(self, module: nn.Module) -> Tensor:
-        """The weight that the next forward pass would use; no state of the hook is advanced."""
-        weight: Tensor
-        if hasattr(self.hook, "apply_mask"):
-            weight = self.hook.apply_mask(module)
-        elif hasattr(self.hook, "n_power_iterations"):
-            weight = self.hook.compute_weight(module, do_power_iteration=False)
-        else:
-            weight = self.hook.compute_weight(module)
-        return weight
 
 
 def _of_state_dict(state: Mapping[str, object]) -> Iterator[WeightMatrix | Skipped]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,24 +15,8 @@ from torch.optim import Optimizer
 
 from ww_train.matrices import Skipped, reasons
 from ww_train.projection import ManifoldProjection, Projected, Projection
+from ww_train.schedules import Ramp, Strength, check_strength
 from ww_train.targets import projection_targets
-
-Strength: TypeAlias = "float | Callable[[int], float]"
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """Strength that rises linearly from 0 and reaches 1 in the epoch with index `epochs - 1`."""
-
-    epochs: int = 6
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"a ramp needs at least one epoch, got {self.epochs}")
-
-    def __call__(self, epoch: int) -> float:
-        """Strength at the end of the epoch with this index (the first is 0)."""
-        return min(1.0, (epoch + 1) / self.epochs)
 
 
 @dataclass
@@ -105,7 +88,7 @@ class WWPGD(Optimizer):
         self.model = model
         self.strength: Strength = Ramp() if strength is None else strength
         if not callable(self.strength):
-            _check_strength(self.strength)
+            check_strength(self.strength)
         self.projection: Projection = projection or ManifoldProjection()
         self.steps_per_epoch = steps_per_epoch
         self.strict = strict
@@ -273,7 +256,7 @@ class WWPGD(Optimizer):
         clock.epochs += 1
         try:
             strength = self.strength(epoch) if callable(self.strength) else self.strength
-            _check_strength(strength)
+            check_strength(strength)
         except Exception as error:
             if self.strict:
                 raise
@@ -303,11 +286,6 @@ class WWPGD(Optimizer):
         if key not in self._clock.warned:
             self._clock.warned.add(key)
             warnings.warn(message, stacklevel=3)
-
-
-def _check_strength(strength: float) -> None:
-    if not (math.isfinite(strength) and 0.0 <= strength <= 1.0):
-        raise ValueError(f"strength must be between 0 and 1, got {strength}")
 
 
 @contextmanager

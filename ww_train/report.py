@@ -6,8 +6,16 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
+from ww_train.columns import (
+    Row,
+    erg_columns,
+    fit_columns,
+    mp_columns,
+    norm_columns,
+    trap_columns,
+)
 from ww_train.confidence import Confidence
 from ww_train.erg import ErgTail
 from ww_train.localization import Localization
@@ -15,12 +23,11 @@ from ww_train.marchenko_pastur import MPFit
 from ww_train.matrices import Skipped
 from ww_train.power_law import OVER_TRAINED, PowerLawFit
 from ww_train.spectrum import Spectrum
-from ww_train.traps import TrapAverage, TrapCause, Traps
+from ww_train.trap_causes import TrapCause
+from ww_train.traps import TrapAverage, Traps
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Row: TypeAlias = "dict[str, float | int | str | bool | None]"
 
 CRITICAL_WIDTH = 0.1
 """Half-width of "critical" around alpha = 2: the standard error of alpha with 100 eigenvalues."""
@@ -134,11 +141,11 @@ class LayerReport:
             "num_evals": len(s.evals),
             "has_esd": True,
         }
-        row |= _fit_columns(fit, s) | _erg_columns(self.erg) | _norm_columns(s)
+        row |= fit_columns(fit, s) | erg_columns(self.erg) | norm_columns(s)
         if self.mp:
-            row |= _mp_columns(self.mp, s)
+            row |= mp_columns(self.mp, s)
         if self.traps:
-            row |= _trap_columns(self.traps, s)
+            row |= trap_columns(self.traps, s)
             row["rand_distance"] = self.rand_distance
             row["trap_causes"] = "; ".join(str(cause) for cause in self.trap_causes)
         if self.trap_average:
@@ -154,82 +161,6 @@ class LayerReport:
             }
         row |= {"status": "success" if fit else "failed", "warning": self.warning}
         return row
-
-
-def _fit_columns(fit: PowerLawFit | None, s: Spectrum) -> Row:
-    if fit is None:
-        names = ("alpha", "D", "sigma", "xmin", "xmax", "num_pl_spikes")
-        return dict.fromkeys((*names, "alpha_weighted", "log_alpha_norm"))
-    row: Row = {
-        "alpha": fit.alpha,
-        "D": fit.D,
-        "sigma": fit.sigma,
-        "xmin": fit.xmin,
-        "xmax": fit.xmax,
-        "num_pl_spikes": fit.num_pl_spikes,
-        "alpha_weighted": fit.alpha * s.log_spectral_norm,
-        "log_alpha_norm": s.log_alpha_norm(fit.alpha),
-    }
-    optional = {
-        "Lambda": fit.Lambda,
-        "num_fingers": fit.num_fingers,
-        "raw_alpha": fit.raw_alpha,
-    }
-    return row | {name: value for name, value in optional.items() if value is not None}
-
-
-def _erg_columns(erg: ErgTail) -> Row:
-    return {
-        "detX_num": erg.detX_num,
-        "num_ERG_spikes": erg.detX_num,
-        "detX_val": erg.detX_val,
-        "ERG_gap": erg.ERG_gap,
-        "trace_log": erg.trace_log,
-    }
-
-
-def _norm_columns(s: Spectrum) -> Row:
-    return {
-        "norm": s.norm,
-        "log_norm": s.log_norm,
-        "spectral_norm": s.lambda_max,
-        "log_spectral_norm": s.log_spectral_norm,
-        "stable_rank": s.stable_rank,
-        "matrix_rank": s.matrix_rank,
-        "entropy": s.entropy,
-        "lambda_max": s.lambda_max,
-        "sv_max": s.sv_max,
-        "sv_min": s.sv_min,
-        "rank_loss": s.rank_loss,
-        "weak_rank_loss": s.weak_rank_loss(),
-    }
-
-
-def _mp_columns(mp: MPFit, s: Spectrum) -> Row:
-    return {
-        "num_spikes": mp.num_spikes,
-        "sigma_mp": mp.sigma_mp,
-        "mp_softrank": mp.bulk_max / s.lambda_max,
-        "bulk_min": mp.bulk_min,
-        "bulk_max": mp.bulk_max,
-        "W_scale": (len(s.evals) / s.norm) ** 0.5,
-    }
-
-
-def _trap_columns(traps: Traps, s: Spectrum) -> Row:
-    mp = traps.mp
-    return {
-        "num_traps": traps.num_traps,
-        "rand_num_spikes": traps.num_traps,
-        "max_rand_eval": traps.max_rand_eval,
-        "rand_bulk_min": mp.bulk_min,
-        "rand_bulk_max": mp.bulk_max,
-        "rand_sigma_mp": mp.sigma_mp,
-        "rand_mp_softrank": mp.bulk_max / traps.max_rand_eval,
-        "rand_W_scale": (len(s.evals) / s.norm) ** 0.5,
-        "ww_softrank": traps.max_rand_eval / s.lambda_max,
-        "ww_maxdist": s.lambda_max - traps.max_rand_eval,
-    }
 
 
 @dataclass(frozen=True, eq=False)

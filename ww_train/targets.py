@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ww_train.effective import COMPUTED_FROM
 from ww_train.matrices import (
-    COMPUTED_FROM,
     Skipped,
     WeightMatrix,
     layer_name,
