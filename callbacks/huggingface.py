@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,7 +54,9 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
     epoch is ended here, after the last step and before evaluation and saving.
 
     An epoch that ends early (`max_steps`, early stopping) is measured but not projected. The first
-    measurement is before the first step. The trainer's control flags are left alone.
+    measurement is before the first step. The trainer's control flags are left alone. A checkpoint
+    keeps the history of one instance, so give a trainer only one; before an `EarlyStoppingCallback`
+    that is to see its metrics.
 
     Args:
         randomize: Also count correlation traps, at about twice the cost.
@@ -66,6 +69,7 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
             randomize=randomize, seed=seed, every_n_epochs=every_n_epochs
         )
         self.last_step = -1
+        self._training = False
         self._handler: CallbackHandler | None = None
 
     @property
@@ -102,8 +106,9 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Continue the history of a checkpoint, or measure the untrained model."""
+        """Continue the history of a checkpoint."""
         name = type(self).__name__
+        self._training = True
         self._handler = _calling_handler() or self._handler
         saved = _states(state).setdefault(name, self.state())
         if state.global_step > 0:
@@ -111,6 +116,12 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
             self.history, self.last_step = attributes["history"], attributes["last_step"]
         else:
             self.last_step = -1
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the untrained model, now that every reporter has begun."""
+        if state.global_step == 0:
             self._boundary(args, state, control, epoch=0, project=False, **kwargs)
 
     def on_step_end(
@@ -127,7 +138,7 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         """An epoch of unknown length ends here; one that was cut short is measured only."""
         if state.global_step != self.last_step:
             whole = not (control.should_training_stop or control.should_epoch_stop)
-            epoch = max(1, round(state.epoch or 0.0))
+            epoch = math.ceil(state.epoch or 1.0)
             self._boundary(args, state, control, epoch=epoch, project=whole, **kwargs)
 
     def on_evaluate(
@@ -138,10 +149,17 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the summaries to the metrics, so that they can choose the best checkpoint."""
-        if metrics is not None and self.history:
-            summaries = {k: v for k, v in self.history[-1].items() if k.startswith("ww/")}
-            metrics.update({f"eval_{key.replace('/', '_')}": v for key, v in summaries.items()})
+        """Add the last summaries to the metrics, so that they can choose the best checkpoint."""
+        if metrics is not None and self._training:
+            for record in self.history:  # not every record has everything: see `every_n_epochs`
+                summaries = {k: v for k, v in record.items() if k.startswith("ww/")}
+                metrics.update({f"eval_{key.replace('/', '_')}": v for key, v in summaries.items()})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluations from now on are not of the measured weights (`load_best_model_at_end`)."""
+        self._training = False
 
     def _boundary(
         self,
@@ -188,6 +206,7 @@ class WWPGDFactory:
 
         Trainer(..., optimizer_cls_and_kwargs=(WWPGDFactory, {"lr": 1e-3, "wwpgd": {"strength": 0.5}}))
 
+    Needs Transformers 5; before, give the Trainer `optimizers=(WWPGD(...), None)`.
     Weight decay applies to all but biases and one-dimensional parameters, as in the Trainer.
     """
 

@@ -36,7 +36,10 @@ SHORT_TAIL = 10
 """With fewer eigenvalues in the tail, alpha is reported with a warning."""
 
 POOR_FIT = 0.1
-"""With a larger Kolmogorov-Smirnov distance the tail is no power law, and a warning says so."""
+"""With a larger Kolmogorov-Smirnov distance a warning says that the tail is hardly a power law."""
+
+MALFORMED = 0.2
+"""With a larger one the tail is none, and alpha says nothing about the layer."""
 
 _TEXT_COLUMNS = ("name", "longname", "layer_type", "trap_causes", "status", "warning")
 
@@ -113,9 +116,9 @@ class LayerReport:
     def verdict(self) -> str:
         """One word: over-trained, critical, well-trained, under-trained or malformed.
 
-        A layer is malformed if its tail is no power law: no fit, or one with `D` above `POOR_FIT`.
+        A layer is malformed if its tail is no power law: no fit, or one with `D` above `MALFORMED`.
         """
-        if not self.fit or self.fit.D > POOR_FIT:
+        if not self.fit or self.fit.D > MALFORMED:
             return "malformed"
         if abs(self.fit.alpha - OVER_TRAINED) <= CRITICAL_WIDTH:
             return "critical"

@@ -1,0 +1,757 @@
+import copy
+import importlib
+import inspect
+import json
+import math
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from transformers import (  # noqa: E402
+    EarlyStoppingCallback,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback  # noqa: E402
+
+from ww_train import WWPGD, ManifoldProjection, Ramp, measure  # noqa: E402
+from ww_train.callbacks.huggingface import WeightWatcherCallback, WWPGDFactory  # noqa: E402
+from ww_train.callbacks.monitor import find_wwpgd  # noqa: E402
+
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+BATCH, STEPS = 2, 3  # steps in an epoch
+SUMMARIES = {
+    "ww/num_layers",
+    "ww/alpha_mean",
+    "ww/alpha_min",
+    "ww/alpha_max",
+    "ww/erg_gap_mean",
+    "ww/trace_log_mean",
+    "ww/traps_total",
+    "ww/seconds",
+}
+BLOCK = "model.layers.0"
+LINEAR = {
+    *(f"{BLOCK}.self_attn.{name}_proj" for name in "qkvo"),
+    *(f"{BLOCK}.mlp.{name}_proj" for name in ("gate", "up", "down")),
+    "lm_head",
+}
+WATCHED = LINEAR | {"model.embed_tokens"}
+LAYERS = {f"ww_{m}/{n}" for m in ("alpha", "erg_gap", "trace_log", "traps") for n in WATCHED}
+PROJECTION = {"ww/distance_mean", "ww/strength"} | {f"ww_distance/{name}" for name in LINEAR}
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected",
+        "`torch.cpu.amp.autocast",
+        "`is_gradient_checkpointing` is deprecated",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+        ".*lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)",
+    )
+]
+
+
+@pytest.fixture(autouse=True)
+def _old_checkpoints(monkeypatch):
+    """Up to Transformers 4.46 a Trainer cannot read its own random state with torch 2.6 or later."""
+    if VERSION < (4, 47):
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+
+
+def llama(**settings):
+    """A block of Llama with dropout in its attention; always the same weights."""
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        attention_dropout=0.2,
+        **settings,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+
+def data(size=BATCH * STEPS):
+    tokens = torch.randint(0, 40, (size, 8), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def distances(model):
+    """Distance of every linear layer to the manifold: below 1e-6 after a projection."""
+    return [
+        ManifoldProjection().project_(module.weight.detach().clone()).distance
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def projected(model):
+    return max(distances(model)) < 1e-6
+
+
+def free(model):
+    return min(distances(model)) > 1e-4
+
+
+def make_trainer(
+    folder, *callbacks, strength=1.0, model=None, optimizer=None, train=None, **settings
+):
+    """A Trainer with a `WWPGD`; `strength=None` is without: `optimizer`, or the Trainer's own."""
+    defaults = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 1e-2,
+        "logging_strategy": "epoch",
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    args = TrainingArguments(
+        str(folder),
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **{**defaults, **settings},
+    )
+    model = model or llama()
+    if strength is not None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        base = torch.optim.AdamW(trained, lr=args.learning_rate)
+        optimizer = WWPGD(base, model=model, strength=strength)
+    return Trainer(
+        model,
+        args,
+        train_dataset=data() if train is None else train,
+        eval_dataset=data(BATCH),
+        callbacks=list(callbacks),
+        optimizers=(optimizer, None),
+    )
+
+
+def train(folder, *callbacks, resume=None, **settings):
+    trainer = make_trainer(folder, *callbacks, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def clock(trainer):
+    return find_wwpgd(trainer.optimizer).state_dict()["ww_pgd"]
+
+
+def same(first, second):
+    a, b = first.state_dict(), second.state_dict()
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def column(watcher, key):
+    return [record.get(key) for record in watcher.history]
+
+
+def without_seconds(history):
+    return [{k: v for k, v in record.items() if k != "ww/seconds"} for record in history]
+
+
+def losses(trainer):
+    return [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
+
+
+def rows(trainer):
+    """Our rows of the trainer's log."""
+    return [row for row in trainer.state.log_history if "ww/alpha_mean" in row]
+
+
+class Probe(TrainerCallback):
+    """Runs a function at one event and keeps what it returns."""
+
+    def __init__(self, event, function):
+        self.seen = []
+
+        def run(args, state, control, **kwargs):
+            self.seen.append(function(state=state, control=control, **kwargs))
+
+        setattr(self, event, run)
+
+
+def evaluations():
+    """Whether evaluation sees projected weights, each time."""
+    return Probe("on_prediction_step", lambda model, **_: projected(model))
+
+
+# Reporters and the log
+
+
+def events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+
+
+@pytest.fixture
+def board(tmp_path, monkeypatch):
+    """Settings by which the trainer writes to TensorBoard in a folder, and the folder."""
+    folder = tmp_path / "board"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))
+    settings = {"report_to": "tensorboard"}
+    if "logging_dir" in inspect.signature(TrainingArguments).parameters:  # Transformers 4
+        settings["logging_dir"] = str(folder)
+    return settings, folder
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_tensorboard_has_every_tag_at_the_step_of_the_evaluation(tmp_path, board, attached):
+    settings, folder = board
+    watcher = WeightWatcherCallback()
+    trainer = make_trainer(tmp_path, watcher, eval_strategy="epoch", **settings)
+    if attached:
+        assert watcher.attach(trainer) is watcher
+    trainer.train()
+    scalars = events(folder)
+    assert {tag for tag in scalars if "ww" in tag} == SUMMARIES | LAYERS | PROJECTION
+    evaluated = [event.step for event in scalars["eval/loss"]]
+    assert evaluated == [3, 6]
+    for tag in SUMMARIES | LAYERS:
+        assert [event.step for event in scalars[tag]] == [0, *evaluated]
+        written = [event.value for event in scalars[tag]]
+        assert written == pytest.approx(column(watcher, tag), rel=1e-6)
+    for tag in PROJECTION:
+        assert [event.step for event in scalars[tag]] == evaluated
+    assert [event.step for event in scalars["train/loss"]] == evaluated
+    assert len(list(folder.rglob("events.out.tfevents.*"))) == 1
+
+
+def test_a_tensorboard_added_after_the_callback_has_the_same_tags(tmp_path, board):
+    settings, folder = board
+    trainer = make_trainer(tmp_path, WeightWatcherCallback(), **{**settings, "report_to": "none"})
+    trainer.add_callback(TensorBoardCallback())
+    trainer.train()
+    scalars = events(folder)
+    assert {tag for tag in scalars if "ww" in tag} == SUMMARIES | LAYERS | PROJECTION
+    assert [event.step for event in scalars["ww/alpha_mean"]] == [0, 3, 6]
+
+
+def test_a_framework_that_calls_callbacks_itself_needs_attach(tmp_path):
+    """Without a calling handler in sight only an attached callback knows the reporters."""
+    for attached in (False, True):
+        watcher, reporter = WeightWatcherCallback(), Probe("on_log", lambda logs, **_: logs)
+        trainer = make_trainer(tmp_path, watcher, reporter)
+        if attached:
+            watcher.attach(trainer)
+        watcher.on_epoch_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        assert len(watcher.history) == len(rows(trainer)) == 1
+        assert len(reporter.seen) == attached
+
+
+def test_without_a_wwpgd_there_is_nothing_about_projections(tmp_path, board):
+    settings, folder = board
+    train(tmp_path, WeightWatcherCallback(), strength=None, **settings)
+    assert {tag for tag in events(folder) if "ww" in tag} == SUMMARIES | LAYERS
+
+
+def test_every_other_reporter_gets_the_same_numbers(tmp_path):
+    first, last = (Probe("on_log", lambda logs, **_: dict(logs)) for _ in range(2))
+    watcher = WeightWatcherCallback(randomize=False)
+    train(tmp_path, first, watcher, last)
+    for reporter in (first, last):
+        ours = [logs for logs in reporter.seen if "ww/alpha_mean" in logs]
+        assert ours == [
+            {k: v for k, v in record.items() if k not in ("epoch", "step")}
+            for record in watcher.history
+        ]
+        assert not [tag for tag in ours[0] if "traps" in tag]
+        assert len([logs for logs in reporter.seen if "loss" in logs]) == 2
+
+
+def test_the_console_does_not_get_a_line_for_every_layer(tmp_path, capsys):
+    train(tmp_path, WeightWatcherCallback())
+    printed = capsys.readouterr().out
+    assert "loss" in printed
+    assert "ww" not in printed
+
+
+def test_the_log_holds_plain_summaries_and_no_row_of_the_loss_is_lost(tmp_path):
+    for settings, steps in (
+        ({"logging_strategy": "epoch"}, [3, 6]),
+        ({"logging_strategy": "steps", "logging_steps": 1}, [1, 2, 3, 4, 5, 6]),
+        ({"logging_strategy": "steps", "logging_steps": 2}, [2, 4, 6]),
+    ):
+        watcher = WeightWatcherCallback()
+        bare = train(tmp_path, strength=0.0, **settings)
+        watched = train(tmp_path, watcher, strength=0.0, **settings)
+        assert losses(watched) == losses(bare)
+        assert [step for step, _ in losses(watched)] == steps
+        assert [(row["epoch"], row["step"]) for row in rows(watched)] == [(0, 0), (1, 3), (2, 6)]
+        assert rows(watched)[0].keys() == SUMMARIES | {"epoch", "step"}
+        for row, record in zip(rows(watched), watcher.history, strict=True):
+            assert row.items() <= record.items()
+            assert all(type(value) in (int, float) for value in row.values())
+
+
+def test_the_state_is_plain_json(tmp_path):
+    watcher = WeightWatcherCallback()
+    trainer = train(tmp_path, watcher, save_strategy="epoch")
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["WeightWatcherCallback"] == {
+        "args": {"randomize": True, "seed": 0, "every_n_epochs": 1},
+        "attributes": {"history": watcher.history, "last_step": 6},
+    }
+    assert [row for row in state["log_history"] if "ww/alpha_mean" in row] == rows(trainer)
+    trainer.state.save_to_json(str(tmp_path / "state.json"))
+
+
+def test_the_history(tmp_path):
+    watcher, model = WeightWatcherCallback(), llama()
+    start = measure(llama(), randomize=True).scalars()
+    train(tmp_path, watcher, model=model)
+    assert start.items() <= watcher.history[0].items()
+    assert column(watcher, "epoch") == [0.0, 1.0, 2.0]
+    assert column(watcher, "step") == [0.0, 3.0, 6.0]
+    assert watcher.history[0].keys() == SUMMARIES | LAYERS | {"epoch", "step"}
+    assert watcher.history[1].keys() == SUMMARIES | LAYERS | PROJECTION | {"epoch", "step"}
+    last = measure(model, randomize=True).scalars()
+    assert last.items() <= watcher.history[-1].items()
+    assert watcher.report["lm_head"].alpha == last["ww_alpha/lm_head"]
+
+
+@pytest.mark.parametrize("event", ["on_epoch_begin", "on_step_end", "on_epoch_end"])
+@pytest.mark.parametrize("flag", [False, True])
+def test_the_flags_of_the_trainer_are_left_alone(tmp_path, event, flag):
+    def meddle(control, **_):
+        for name in vars(control):
+            setattr(control, name, not flag)
+
+    watcher, meddler = WeightWatcherCallback(), Probe("on_log", meddle)
+    trainer = make_trainer(tmp_path)
+    trainer.callback_handler.callbacks = [watcher, meddler]
+    trainer.state.epoch, trainer.state.global_step = 1.0, 0 if event == "on_epoch_begin" else 3
+    control = copy.copy(trainer.control)
+    for name in vars(control):
+        setattr(control, name, flag)
+    before = dict(vars(control))
+    trainer.callback_handler.call_event(event, trainer.args, trainer.state, control)
+    assert len(meddler.seen) == 1
+    assert vars(control) == before
+
+
+# When: evaluation and checkpoints see the projection
+
+STRATEGIES = {
+    "epoch": {},
+    "steps": {f"{what}_steps": STEPS for what in ("save", "eval", "logging")},
+}
+
+
+def saving(kind):
+    """Saving, evaluating and logging once an epoch: at its end, or at its last step."""
+    strategies = {f"{what}_strategy": kind for what in ("save", "eval", "logging")}
+    return {**strategies, **STRATEGIES[kind]}
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_evaluations_and_checkpoints_see_projected_weights(tmp_path, kind):
+    evaluation = evaluations()
+    watcher = WeightWatcherCallback()
+    trainer = train(tmp_path, watcher, evaluation, **saving(kind))
+    assert evaluation.seen == [True, True]
+    for epochs in (1, 2):
+        folder = tmp_path / f"checkpoint-{STEPS * epochs}"
+        assert projected(LlamaForCausalLM.from_pretrained(folder))
+        state = torch.load(folder / "optimizer.pt", weights_only=True)
+        numbers = {"steps": 3 * epochs, "epochs": epochs, "boundary": 3 * epochs}
+        assert state["ww_pgd"] == numbers
+    assert clock(trainer) == {"steps": 6, "epochs": 2, "boundary": 6}
+
+
+def test_an_evaluation_within_an_epoch_sees_weights_that_are_not_due_yet(tmp_path):
+    evaluation = evaluations()
+    options = {"num_train_epochs": 1, "eval_strategy": "steps", "eval_steps": 1}
+    train(tmp_path, WeightWatcherCallback(), evaluation, **options)
+    assert evaluation.seen == [False, False, True]
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_resuming_is_bitwise(tmp_path, kind):
+    options = {"strength": Ramp(4), "num_train_epochs": 4, **saving(kind)}
+    first, second = WeightWatcherCallback(), WeightWatcherCallback()
+    one = train(tmp_path, first, **options)
+    two = train(tmp_path, second, resume=str(tmp_path / "checkpoint-6"), **options)
+    assert same(one.model, two.model)
+    assert clock(one) == clock(two) == {"steps": 12, "epochs": 4, "boundary": 12}
+    assert without_seconds(first.history) == without_seconds(second.history)
+    assert column(second, "epoch") == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert losses(one) == losses(two)
+    assert without_seconds(rows(one)) == without_seconds(rows(two))
+
+
+@pytest.mark.skipif(VERSION < (5,), reason="Transformers 4.57 does not with a bare AdamW either")
+def test_resuming_in_the_middle_of_an_epoch_is_bitwise(tmp_path):
+    options = {"strength": Ramp(2), "save_strategy": "steps", "save_steps": 4}
+    first, second = WeightWatcherCallback(), WeightWatcherCallback()
+    one = train(tmp_path, first, **options)
+    two = train(tmp_path, second, resume=str(tmp_path / "checkpoint-4"), **options)
+    assert same(one.model, two.model)
+    assert clock(one) == clock(two) == {"steps": 6, "epochs": 2, "boundary": 6}
+    assert without_seconds(first.history) == without_seconds(second.history)
+
+
+def test_resuming_with_a_callback_that_the_checkpoint_does_not_know(tmp_path):
+    train(tmp_path, save_strategy="epoch")
+    watcher = WeightWatcherCallback()
+    folder = str(tmp_path / "checkpoint-3")
+    trainer = train(tmp_path, watcher, resume=folder, save_strategy="epoch")
+    assert column(watcher, "epoch") == [2.0]
+    assert projected(trainer.model)
+
+
+def test_resuming_at_the_end_does_nothing(tmp_path):
+    train(tmp_path, WeightWatcherCallback(), save_strategy="epoch")
+    watcher = WeightWatcherCallback()
+    trainer = train(tmp_path, watcher, resume=str(tmp_path / "checkpoint-6"))
+    assert column(watcher, "epoch") == [0.0, 1.0, 2.0]
+    assert clock(trainer) == {"steps": 6, "epochs": 2, "boundary": 6}
+
+
+def test_the_trainer_may_replace_the_callback_by_a_restored_one(tmp_path):
+    options = {"save_strategy": "epoch", "num_train_epochs": 3}
+    first, second = WeightWatcherCallback(seed=3), WeightWatcherCallback()
+    train(tmp_path, first, **options)
+    trainer = train(
+        tmp_path,
+        second,
+        resume=str(tmp_path / "checkpoint-6"),
+        restore_callback_states_from_checkpoint=True,
+        **options,
+    )
+    (used,) = [c for c in trainer.callback_handler.callbacks if type(c) is type(second)]
+    assert used is not second
+    assert used.monitor.seed == 3
+    assert without_seconds(used.history) == without_seconds(first.history)
+    assert without_seconds(rows(trainer))[-1].items() <= used.history[-1].items()
+
+
+# Metrics of an evaluation
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_best_checkpoint_is_chosen_by_the_value_of_its_own_weights(tmp_path, kind, every):
+    watcher = WeightWatcherCallback(every_n_epochs=every)
+    trainer = train(
+        tmp_path,
+        watcher,
+        strength=Ramp(4),
+        num_train_epochs=4,
+        metric_for_best_model="ww_alpha_mean",
+        greater_is_better=False,
+        load_best_model_at_end=True,
+        **saving(kind),
+    )
+    alphas = [alpha for alpha in column(watcher, "ww/alpha_mean")[1:] if alpha is not None]
+    assert len(alphas) == 4 // every
+    assert trainer.state.best_metric == min(alphas)
+    if every == 1:
+        best = STEPS * (1 + alphas.index(min(alphas)))
+        assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+        assert measure(trainer.model).scalars()["ww/alpha_mean"] == pytest.approx(min(alphas))
+
+
+def test_early_stopping_sees_the_value_of_its_epoch(tmp_path):
+    watcher = WeightWatcherCallback()
+    stop = EarlyStoppingCallback(early_stopping_patience=1)
+    trainer = train(
+        tmp_path,
+        watcher,
+        stop,
+        num_train_epochs=6,
+        metric_for_best_model="ww_alpha_mean",
+        greater_is_better=True,  # full projections only lower it
+        load_best_model_at_end=True,
+        **saving("epoch"),
+    )
+    alphas = column(watcher, "ww/alpha_mean")[1:]
+    assert trainer.state.global_step < 6 * STEPS
+    assert alphas[-1] <= max(alphas[:-1])
+
+
+def test_an_evaluation_after_the_training_says_nothing_of_weights_it_did_not_measure(tmp_path):
+    watcher = WeightWatcherCallback()
+    metrics = Probe("on_evaluate", lambda metrics, **_: dict(metrics))
+    trainer = train(tmp_path, watcher, metrics, eval_strategy="epoch")
+    expected = column(watcher, "ww/alpha_mean")[1:]
+    assert [seen["eval_ww_alpha_mean"] for seen in metrics.seen] == expected
+    assert not [key for key in trainer.evaluate() if "ww" in key]
+
+
+# Epochs that end early, or have no length
+
+
+def assert_second_epoch_was_cut_short(watcher, trainer, step):
+    assert column(watcher, "epoch") == [0.0, 1.0, 2.0]
+    assert column(watcher, "step") == [0.0, 3.0, float(step)]
+    assert "ww/distance_mean" in watcher.history[1]
+    assert "ww/distance_mean" not in watcher.history[2]
+    assert clock(trainer) == {"steps": step, "epochs": 1, "boundary": 3}
+    assert free(trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({"max_steps": 4}, 4),
+        ({"max_steps": 5}, 5),
+        ({"num_train_epochs": 1.3}, 4),
+        ({"num_train_epochs": 1.5}, 5),
+    ],
+)
+def test_an_epoch_that_ends_early_is_measured_but_not_projected(tmp_path, settings, step):
+    watcher = WeightWatcherCallback()
+    trainer = train(tmp_path, watcher, **settings)
+    assert_second_epoch_was_cut_short(watcher, trainer, step)
+
+
+@pytest.mark.parametrize("flag", ["should_training_stop", "should_epoch_stop"])
+def test_a_callback_that_ends_the_epoch(tmp_path, flag):
+    def stop(state, control, **_):
+        if state.global_step == 4:
+            setattr(control, flag, True)
+
+    watcher = WeightWatcherCallback()
+    trainer = train(tmp_path, watcher, Probe("on_step_end", stop))
+    assert_second_epoch_was_cut_short(watcher, trainer, 4)
+
+
+def test_max_steps_at_the_end_of_an_epoch_projects_once(tmp_path):
+    watcher = WeightWatcherCallback()
+    trainer = train(tmp_path, watcher, max_steps=6)
+    assert len(watcher.history) == 3
+    assert projected(trainer.model)
+    assert clock(trainer)["epochs"] == 2
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_every_n_epochs_measures_less_often_but_projects_in_each(tmp_path, every):
+    watcher, evaluation = WeightWatcherCallback(every_n_epochs=every), evaluations()
+    trainer = train(tmp_path, watcher, evaluation, num_train_epochs=4, eval_strategy="epoch")
+    measured = [r["epoch"] for r in watcher.history if "ww/alpha_mean" in r]
+    assert measured == [float(epoch) for epoch in range(0, 5, every)]
+    assert clock(trainer)["epochs"] == 4
+    assert evaluation.seen == [True] * 4
+
+
+class Stream(IterableDataset):
+    """Examples without a length."""
+
+    def __iter__(self):
+        yield from data()
+
+
+def test_an_iterable_without_a_length(tmp_path):
+    """Its last epoch ends by `max_steps`: nobody knows whether it was a whole one."""
+    watcher, evaluation = WeightWatcherCallback(), evaluations()
+    trainer = train(
+        tmp_path, watcher, evaluation, train=Stream(), max_steps=9, eval_strategy="epoch"
+    )
+    assert column(watcher, "epoch") == [0.0, 1.0, 2.0, 3.0]
+    assert column(watcher, "step") == [0.0, 3.0, 6.0, 9.0]
+    assert ["ww/strength" in record for record in watcher.history] == [False, True, True, False]
+    assert evaluation.seen == [True, True, False]
+    assert clock(trainer) == {"steps": 9, "epochs": 2, "boundary": 6}
+
+
+def test_a_stream_longer_than_the_training_is_one_epoch_for_the_trainer_and_for_us(tmp_path):
+    watcher = WeightWatcherCallback()
+    trainer = train(tmp_path, watcher, train=Stream(), max_steps=2)
+    assert trainer.state.epoch == 1.0
+    assert column(watcher, "step") == [0.0, 2.0]
+    assert clock(trainer) == {"steps": 2, "epochs": 1, "boundary": 2}
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 7])
+def test_accumulated_gradients_count_as_one_step(tmp_path, accumulate):
+    watcher, evaluation = WeightWatcherCallback(), evaluations()
+    trainer = train(
+        tmp_path,
+        watcher,
+        evaluation,
+        gradient_accumulation_steps=accumulate,
+        eval_strategy="epoch",
+    )
+    steps = 2 * math.ceil(STEPS / accumulate)
+    if trainer.state.max_steps != steps:
+        pytest.skip("this Trainer carries what an epoch leaves over into the next one")
+    assert clock(trainer) == {"steps": steps, "epochs": 2, "boundary": steps}
+    assert watcher.history[-1]["step"] == steps == trainer.state.global_step
+    assert evaluation.seen == [True, True]
+
+
+# Several trainings, several callbacks, other optimizers
+
+
+def test_training_twice_projects_in_every_epoch(tmp_path):
+    watcher, evaluation = WeightWatcherCallback(), evaluations()
+    trainer = make_trainer(tmp_path, watcher, evaluation, **saving("epoch"))
+    trainer.train()
+    trainer.train()
+    assert column(watcher, "epoch") == [0.0, 1.0, 2.0, 0.0, 1.0, 2.0]
+    assert clock(trainer) == {"steps": 12, "epochs": 4, "boundary": 12}
+    assert evaluation.seen == [True] * 4
+
+
+def test_a_callback_may_be_added_after_the_first_training(tmp_path):
+    watcher = WeightWatcherCallback()
+    trainer = train(tmp_path, save_strategy="epoch")
+    assert free(trainer.model)
+    trainer.add_callback(watcher)
+    trainer.train()
+    assert column(watcher, "epoch") == [0.0, 1.0, 2.0]
+    assert projected(trainer.model)
+    assert clock(trainer) == {"steps": 12, "epochs": 2, "boundary": 12}
+
+
+def test_two_callbacks_project_once(tmp_path):
+    often, seldom = WeightWatcherCallback(), WeightWatcherCallback(every_n_epochs=2)
+    trainer = train(tmp_path, often, seldom, save_strategy="epoch")
+    assert clock(trainer) == {"steps": 6, "epochs": 2, "boundary": 6}
+    assert column(often, "epoch") == [0.0, 1.0, 2.0]
+    assert column(seldom, "epoch") == [0.0, 2.0]
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert isinstance(state["stateful_callbacks"]["WeightWatcherCallback"], dict)
+    again = train(tmp_path, often, seldom, resume=str(tmp_path / "checkpoint-3"))
+    assert clock(again) == {"steps": 6, "epochs": 2, "boundary": 6}
+
+
+def test_a_loop_that_ends_its_epoch_itself_is_not_projected_twice(tmp_path):
+    def end(optimizer, state, **_):
+        if state.epoch == int(state.epoch):
+            optimizer.optimizer.end_epoch()
+
+    trainer = train(tmp_path, Probe("on_step_end", end), WeightWatcherCallback(), strength=0.5)
+    assert clock(trainer) == {"steps": 6, "epochs": 2, "boundary": 6}
+
+
+@pytest.mark.skipif(VERSION < (5,), reason="Transformers 4 gives a factory no model")
+def test_the_factory_gives_the_trainer_a_wwpgd(tmp_path):
+    factory = (WWPGDFactory, {"lr": 1e-2, "weight_decay": 0.1, "wwpgd": {"strength": 1.0}})
+    args = make_trainer(tmp_path).args
+    watcher, model = WeightWatcherCallback(), llama(attention_bias=True)
+    options = {"train_dataset": data(), "callbacks": [watcher]}
+    trainer = Trainer(model, args, optimizer_cls_and_kwargs=factory, **options)
+    trainer.train()
+    assert projected(model)
+    assert clock(trainer) == {"steps": 6, "epochs": 2, "boundary": 6}
+    assert watcher.history[-1].keys() >= PROJECTION
+    decay, plain = find_wwpgd(trainer.optimizer).param_groups
+    assert (decay["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert {p.ndim for p in decay["params"]} == {2}
+    assert {p.ndim for p in plain["params"]} == {1}
+
+
+def test_the_factory_by_itself():
+    model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24, bias=False))
+    model[0].requires_grad_(False)
+    opt = WWPGDFactory()(model, base=torch.optim.SGD, lr=0.1, momentum=0.9, wwpgd={"strict": True})
+    assert isinstance(opt, WWPGD)
+    assert isinstance(opt.base, torch.optim.SGD)
+    assert opt.strict
+    assert opt.model is model
+    (group,) = opt.param_groups
+    assert group["param_names"] == ["1.weight"]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 0.0)
+
+
+def test_a_wwpgd_without_a_model_gets_the_trainer_s(tmp_path):
+    model = llama()
+    opt = WWPGD(torch.optim.AdamW(model.parameters(), lr=1e-2), strength=1.0)
+    train(tmp_path, WeightWatcherCallback(), strength=None, optimizer=opt, model=model)
+    assert opt.model is model
+    assert projected(model)
+    table = model.model.embed_tokens.weight.detach().clone()
+    assert ManifoldProjection().project_(table).distance > 1e-4
+
+
+# What must not change
+
+
+@pytest.mark.parametrize("settings", [{}, {"randomize": False}, {"every_n_epochs": 2}])
+def test_watching_changes_no_bit_of_the_training(tmp_path, settings):
+    options = {"strength": None, "num_train_epochs": 3, "eval_strategy": "epoch"}
+    bare = train(tmp_path, **options)
+    watched = train(tmp_path, WeightWatcherCallback(**settings), **options)
+    assert same(bare.model, watched.model)
+    assert not same(bare.model, llama())
+    assert losses(bare) == losses(watched)
+    assert vars(bare.control) == vars(watched.control)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_accumulation_steps": 3}, {"bf16": True, "max_grad_norm": 0.1}],
+    ids=lambda settings: " ".join(settings) or "plain",
+)
+def test_a_projection_of_strength_zero_trains_like_the_base(tmp_path, settings):
+    model = llama()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    bare = train(tmp_path, strength=None, model=model, optimizer=opt, **settings)
+    trainer = train(tmp_path, WeightWatcherCallback(), strength=0.0, **settings)
+    assert same(bare.model, trainer.model)
+    assert losses(bare) == losses(trainer)
+    assert clock(trainer)["epochs"] == 2
+
+
+def test_a_layer_of_nan_warns_once_and_training_goes_on(tmp_path):
+    model, watcher = llama(), WeightWatcherCallback()
+    model.unused = nn.Linear(30, 30)
+    with torch.no_grad():
+        model.unused.weight[0, 0] = math.nan
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = train(tmp_path, watcher, model=model, num_train_epochs=3)
+    messages = [str(w.message) for w in caught if "unused" in str(w.message)]
+    assert len(messages) == 1
+    assert "layer unused is not watched: NaN" in messages[0]
+    assert column(watcher, "epoch") == [0.0, 1.0, 2.0, 3.0]
+    assert clock(trainer)["epochs"] == 3
+    model.unused = nn.Identity()
+    assert projected(model)
+
+
+def test_lora_has_nothing_to_project_and_says_why(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model, watcher = peft.get_peft_model(llama(), config), WeightWatcherCallback()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = train(tmp_path, watcher, model=model, num_train_epochs=3)
+    messages = [str(w.message) for w in caught if "projects no layer" in str(w.message)]
+    assert len(messages) == 1
+    assert "frozen" in messages[0]
+    assert "LoRA" in messages[0]
+    assert column(watcher, "epoch") == [0.0, 1.0, 2.0, 3.0]
+    assert watcher.history[-1]["ww/num_layers"] > 0
+    assert clock(trainer) == {"steps": 9, "epochs": 3, "boundary": 9}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "ww_train.callbacks.huggingface")
+    monkeypatch.setitem(sys.modules, "transformers.trainer_callback", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ww-train\[huggingface\]'"):
+        importlib.import_module("ww_train.callbacks.huggingface")
