@@ -130,7 +130,8 @@ def weight_matrices(source: Source) -> Iterator[WeightMatrix | Skipped]:
         source: A module, a state dict (also one wrapped as `{"state_dict": ...}`), or one matrix.
 
     Yields:
-        One `WeightMatrix` or `Skipped` a layer. Nothing is copied, moved or synchronised.
+        One `WeightMatrix` or `Skipped` a layer. Nothing is copied, moved or synchronised, except that
+        a DTensor is gathered, which every process of its mesh must take part in.
 
     Raises:
         TypeError: If `source` is none of these.
@@ -265,7 +266,9 @@ def of_parameter(
         yield Skipped(name, "a normalisation over several dimensions is no matrix")
         return
     original = tensor
-    if tensor.is_quantized or type(tensor) not in _PLAIN:
+    if hasattr(tensor, "full_tensor"):  # a DTensor
+        tensor, read_only = tensor.full_tensor(), "sharded over processes"
+    elif tensor.is_quantized or type(tensor) not in _PLAIN:
         with suppress(RuntimeError, NotImplementedError, AttributeError):  # _unusable says so
             tensor, read_only = tensor.dequantize(), "quantised"
     reason = _unusable(tensor)
