@@ -136,10 +136,9 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """An epoch of unknown length ends here; one that was cut short is measured only."""
-        if state.global_step != self.last_step:
-            whole = not (control.should_training_stop or control.should_epoch_stop)
-            epoch = math.ceil(state.epoch or 1.0)
-            self._boundary(args, state, control, epoch=epoch, project=whole, **kwargs)
+        whole = not (control.should_training_stop or control.should_epoch_stop)
+        epoch = math.ceil(state.epoch or 1.0)
+        self._boundary(args, state, control, epoch=epoch, project=whole, **kwargs)
 
     def on_evaluate(
         self,

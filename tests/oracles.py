@@ -10,6 +10,9 @@ from torch import nn
 quick = settings(derandomize=True, deadline=None, max_examples=40)
 """Hypothesis profile: the same examples on every run, no timing, no database."""
 
+thorough = settings(quick, max_examples=1000)
+"""For bad input, of which there are more kinds than one thinks."""
+
 
 def evals_by_svd(*slices, scale=1.0):
     """Pooled eigenvalues of WᵀW from float64 singular values."""

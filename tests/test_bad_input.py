@@ -13,7 +13,7 @@ from torch import nn
 from ww_train.analysis import measure
 from ww_train.matrices import weight_matrices
 
-from .oracles import dense, evals_by_svd, gaussian, quick
+from .oracles import dense, evals_by_svd, gaussian, thorough
 
 G = gaussian(40, 30)
 
@@ -347,7 +347,7 @@ weights = st.builds(
 )
 
 
-@quick
+@thorough
 @given(st.lists(weights, min_size=1, max_size=4), st.integers(0, 12), st.booleans())
 @example([weight_of("identity", 20, 20, torch.float32, 1.0)], 1, True)
 @example([weight_of("gaussian", 1, 1, torch.float32, 1.0)], 0, True)
@@ -365,7 +365,7 @@ def test_every_matrix_is_measured_or_skipped_with_a_reason(found, min_evals, ran
     assert from_state.skipped == report.skipped
 
 
-@quick
+@thorough
 @given(weights)
 def test_the_eigenvalues_are_right_wherever_there_are_any(weight):
     for layer in measure(weight, min_evals=1):
@@ -377,7 +377,7 @@ def test_the_eigenvalues_are_right_wherever_there_are_any(weight):
 dims = st.lists(st.integers(1, 9), min_size=0, max_size=6)
 
 
-@quick
+@thorough
 @given(st.dictionaries(st.sampled_from(["a.weight", "b", "in_proj_weight", "weight_ih_l0"]), dims))
 def test_tensors_of_any_shape_and_name(shapes):
     state = {name: torch.ones(shape) for name, shape in shapes.items()}

@@ -613,6 +613,17 @@ def test_training_twice_projects_in_every_epoch(tmp_path):
     assert evaluation.seen == [True] * 4
 
 
+def test_a_training_that_failed_before_its_first_step_leaves_nothing_behind(tmp_path):
+    def fail(**_):
+        raise RuntimeError("no data")
+
+    watcher = WeightWatcherCallback()
+    with pytest.raises(RuntimeError, match="no data"):
+        train(tmp_path, watcher, Probe("on_step_begin", fail))
+    train(tmp_path, watcher)
+    assert column(watcher, "epoch") == [0.0, 0.0, 1.0, 2.0]
+
+
 def test_a_callback_may_be_added_after_the_first_training(tmp_path):
     watcher = WeightWatcherCallback()
     trainer = train(tmp_path, save_strategy="epoch")

@@ -299,10 +299,10 @@ def _stacks(
         kernels = kernels.view(groups, -1, *kernels.shape[1:])
         slices = kernels.permute(3, 0, 1, 2)
         yield "", f"conv{tensor.ndim - 2}d", slices.flatten(0, 1), CONV_SCALE
-    elif last == "in_proj_weight" and tensor.shape[0] == 3 * tensor.shape[1]:
+    elif last == "in_proj_weight" and tensor.ndim == 2 and tensor.shape[0] == 3 * tensor.shape[1]:
         for part, matrix in zip("qkv", tensor.chunk(3), strict=True):
             yield f".{part}", "attention", matrix[None], 1.0
-    elif hidden := _hidden_size(parameter, owner, siblings):
+    elif tensor.ndim == 2 and (hidden := _hidden_size(parameter, owner, siblings)):
         gates = _GATES[tensor.shape[0] // hidden]
         for gate, matrix in zip(gates, torch.split(tensor, hidden), strict=True):
             yield f".{gate}" if len(gates) > 1 else "", "recurrent", matrix[None], 1.0
