@@ -13,7 +13,7 @@ from torch import nn
 from ww_train.analysis import measure
 from ww_train.matrices import weight_matrices
 
-from .oracles import dense, evals_by_svd, gaussian, thorough
+from .oracles import dense, evals_by_svd, gaussian, quick, thorough
 
 G = gaussian(40, 30)
 
@@ -377,7 +377,7 @@ def test_the_eigenvalues_are_right_wherever_there_are_any(weight):
 dims = st.lists(st.integers(1, 9), min_size=0, max_size=6)
 
 
-@thorough
+@quick
 @given(st.dictionaries(st.sampled_from(["a.weight", "b", "in_proj_weight", "weight_ih_l0"]), dims))
 def test_tensors_of_any_shape_and_name(shapes):
     state = {name: torch.ones(shape) for name, shape in shapes.items()}
