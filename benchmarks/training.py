@@ -1,4 +1,4 @@
-"""Claim: training with WWPGD's defaults ends at criticality, at no cost in accuracy.
+"""Claim: training with WWPGD's defaults ends at criticality, within 0.3 points of accuracy.
 
 For each seed an MLP is trained twice on MNIST, with AdamW and with WWPGD(AdamW), otherwise alike:
 the same initial weights, order of images, learning rates and clipping. weightwatcher then reads
