@@ -1,6 +1,3 @@
-import contextlib
-import importlib.util
-import io
 import logging
 import math
 import warnings
@@ -12,6 +9,7 @@ from ww_train.fingers import ClipXmax, XminPeak
 from ww_train.power_law import PowerLaw, PowerLawFit, fit_power_law
 
 from .oracles import evals_by_svd, gaussian, heavy, pareto, power_law_scan
+from .peer import contained, import_peer
 
 SPECTRA = {
     "pareto": pareto(300, 2.5),
@@ -312,37 +310,11 @@ def test_an_upper_limit_that_is_not_positive_is_refused(limit):
 # Live against weightwatcher 0.7.7
 
 
-@contextlib.contextmanager
-def contained():
-    """Undo what the peer does on import and in use: warning filters, root logger, prints."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
-
-
 @pytest.fixture(scope="module")
 def peer():
     """The peer's clipped fit of eigenvalues: alpha, removed, raw alpha."""
-    if importlib.util.find_spec("weightwatcher") is None:
-        pytest.skip("the peer is not installed: pip install weightwatcher==0.7.7")
-    with contained():
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import weightwatcher
-        from weightwatcher import RMT_Util
-    if weightwatcher.__version__ != "0.7.7":
-        pytest.skip(f"the peer is {weightwatcher.__version__}, the numbers are those of 0.7.7")
+    import_peer()
+    from weightwatcher import RMT_Util
 
     def clip(evals):
         with contained():

@@ -1,10 +1,6 @@
-import contextlib
 import importlib.util
-import io
-import logging
 import math
 import pathlib
-import warnings
 
 import numpy as np
 import pytest
@@ -15,38 +11,13 @@ from ww_train.marchenko_pastur import BulkFit, EnergyMP, fit_mp, mp_edges, noise
 from ww_train.spectrum import Spectrum
 
 from .oracles import evals_by_svd, heavy
-
-
-@contextlib.contextmanager
-def contained():
-    """Undo what the peer does on import and in use: warning filters, root logger, prints."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
+from .peer import contained, import_peer
 
 
 @pytest.fixture(scope="module")
 def peer_fit():
     """weightwatcher's own `mp_fit`: num_spikes, sigma_mp, mp_softrank, bulk_min, bulk_max, scale."""
-    if importlib.util.find_spec("weightwatcher") is None:
-        pytest.skip("the peer is not installed: pip install weightwatcher==0.7.7")
-    with contained():
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import weightwatcher
-    if weightwatcher.__version__ != "0.7.7":
-        pytest.skip(f"the peer is {weightwatcher.__version__}, the numbers are those of 0.7.7")
+    weightwatcher = import_peer()
 
     def fit(s):
         with contained():

@@ -1,9 +1,4 @@
-import contextlib
-import importlib.util
-import io
-import logging
 import math
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -22,41 +17,15 @@ from ww_train.matrices import WeightMatrix, weight_matrices
 from ww_train.power_law import fit_power_law
 
 from .oracles import evals_by_svd, gaussian, heavy, orthogonal
+from .peer import contained, import_peer
 
 METRICS = (vector_entropy, localization_ratio, participation_ratio, information_entropy)
 NAMES = ("vec_entropy", "loc_ratio", "part_ratio", "info_entropy")
 
 
-@contextlib.contextmanager
-def contained():
-    """Undo what the peer does on import and in use: warning filters, root logger, prints."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
-
-
 @pytest.fixture(scope="module")
 def peer():
-    if importlib.util.find_spec("weightwatcher") is None:
-        pytest.skip("the peer is not installed: pip install weightwatcher==0.7.7")
-    with contained():
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import weightwatcher
-    if weightwatcher.__version__ != "0.7.7":
-        pytest.skip(f"the peer is {weightwatcher.__version__}, the numbers are those of 0.7.7")
-    return weightwatcher
+    return import_peer()
 
 
 def literal(v):

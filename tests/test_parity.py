@@ -1,9 +1,7 @@
 """Live against weightwatcher 0.7.7: the same numbers, and where it is wrong, the right ones."""
 
-import contextlib
 import copy
 import importlib.util
-import io
 import logging
 import pathlib
 import warnings
@@ -19,38 +17,13 @@ from ww_train.power_law import fit_power_law
 from ww_train.spectrum import Spectrum
 
 from .oracles import dense, detx_num, evals_by_svd, gaussian, heavy, pareto
-
-
-@contextlib.contextmanager
-def contained():
-    """Undo what the peer does on import and in use: warning filters, root logger, prints."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
+from .peer import contained, import_peer
 
 
 @pytest.fixture(scope="module")
 def peer():
-    if importlib.util.find_spec("weightwatcher") is None:
-        pytest.skip("the peer is not installed: pip install weightwatcher==0.7.7")
-    with contained():
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import weightwatcher
-        from weightwatcher import RMT_Util, WW_powerlaw
-    if weightwatcher.__version__ != "0.7.7":
-        pytest.skip(f"the peer is {weightwatcher.__version__}, the numbers are those of 0.7.7")
+    weightwatcher = import_peer()
+    from weightwatcher import RMT_Util, WW_powerlaw
 
     class Peer:
         @staticmethod
