@@ -390,3 +390,12 @@ def test_walking_a_model_is_silent_and_leaves_it_alone():
         warnings.simplefilter("error")
         assert matrices(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_parametrized_embedding_is_read_without_a_power_step():
+    embedding = nn.utils.parametrizations.spectral_norm(nn.Embedding(40, 30)).train()
+    before = [buffer.clone() for buffer in embedding.buffers()]
+    (matrix,) = weight_matrices(nn.Sequential(embedding))
+    assert matrix.layer_type == "embedding"
+    assert matrix.read_only
+    assert all(map(torch.equal, before, embedding.buffers()))

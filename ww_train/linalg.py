@@ -152,7 +152,7 @@ def decompose(
         if jobs[i].M >= LARGE:
             solve(i)
             done()
-    for device in {job.device for job in jobs} - {torch.device("cpu")}:
+    for device in {job.device for job in jobs if job.device.type != "cpu"}:
         chosen = [i for i, job in enumerate(jobs) if job.device == device]
         if solver is gram_eigenvalues:
             _batched(jobs, chosen, results, done)

@@ -23,6 +23,9 @@ Source: TypeAlias = "nn.Module | Mapping[str, Tensor] | Tensor | np.ndarray"
 CONV_SCALE = math.sqrt(0.5)
 """Factor on every slice of a convolution: WeightWatcher's `conv2d_norm` for a pooled spectrum."""
 
+CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model")
+"""Keys under which people save the state dict in a checkpoint."""
+
 WRAPPER_SEGMENTS = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 )
@@ -170,9 +173,10 @@ def _from_numpy(array: np.ndarray) -> Tensor:
 def _of_module(model: nn.Module) -> Iterator[WeightMatrix | Skipped]:
     first_name: dict[int, str] = {}
     embeddings = {
-        id(module.weight)
+        id(parameter)  # not module.weight, which a parametrization would compute
         for module in model.modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for parameter in module._parameters.values()
     }
     for path, module in model.named_modules():
         for own_name, tensor, read_only in own_weights(module):
@@ -182,19 +186,17 @@ def _of_module(model: nn.Module) -> Iterator[WeightMatrix | Skipped]:
                 if tensor.ndim >= 2:
                     yield Skipped(name, f"shares its weights with {first_name[id(tensor)]}")
                 continue
-            first_name[id(tensor)] = name
+            if read_only is None:
+                first_name[id(tensor)] = name
+            embedding = id(tensor) in embeddings or isinstance(module, nn.Embedding)
             for matrix in of_parameter(parameter, tensor, module, read_only=read_only):
-                if isinstance(matrix, WeightMatrix) and id(tensor) in embeddings:
+                if isinstance(matrix, WeightMatrix) and embedding:
                     matrix = replace(matrix, layer_type="embedding")  # also a head tied to one
                 yield matrix
 
 
 def _of_state_dict(state: Mapping[str, object]) -> Iterator[WeightMatrix | Skipped]:
-    for wrapper in (
-        "state_dict",
-        "model_state_dict",
-        "model",
-    ):  # what people save checkpoints under
+    for wrapper in CHECKPOINT_KEYS:
         inner = state.get(wrapper)
         if isinstance(inner, Mapping):
             state = inner

@@ -106,6 +106,7 @@ class ManifoldProjection:
             finite, or too small or of too low rank for a critical spectrum.
 
         Raises:
+            TypeError: If it is neither.
             ValueError: If strength is not in 0..1 or the tensor is not two-dimensional.
             torch.linalg.LinAlgError: If the decomposition does not converge; weights untouched.
 
