@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ def measure(
     max_evals: int | None = 15000,
     max_N: int | None = None,
     eigensolver: Eigensolver | None = None,
+    spectra: Mapping[str, Spectrum] | None = None,
     progress: bool = False,
 ) -> Report:
     """Measure the spectrum of every layer of a model. Changes nothing, uses no global generator.
@@ -83,6 +84,8 @@ def measure(
         eigensolver: Arithmetic: `ww_train.linalg.gram_eigenvalues`, `svd_eigenvalues` (exact for tiny
             eigenvalues) or `float32_eigenvalues` (fast, rough). By default the first, and for the
             inverse, where the smallest eigenvalues become the largest, the second.
+        spectra: Spectra that are known already, by layer name, such as those of a projection
+            (`Projected.after`): these layers are not decomposed again.
         progress: Show a progress bar on standard error if it is a terminal.
 
     Returns:
@@ -109,25 +112,32 @@ def measure(
                 skipped.append((layer_id, plan))
             else:
                 plans.append(plan)
-    jobs = [plan.job(range(seed, seed + int(randomize))) for plan in plans]
+    known = spectra or {}
+    shuffles = range(seed, seed + int(randomize))
+    jobs = [plan.job(shuffles, own=plan.matrix.name not in known) for plan in plans]
     bar = tqdm(total=len(jobs), unit="layer", delay=1, disable=not progress or None)
     with bar, torch.no_grad():
         solver = eigensolver or (svd_eigenvalues if inverse else gram_eigenvalues)
-        spectra = decompose(jobs, solver, bar.update)
+        decomposed = decompose(jobs, solver, bar.update)
         measured: list[LayerReport] = []
-        for plan, evals in zip(plans, spectra, strict=True):
-            reason = _malformed(evals[0], plan.base)
-            if reason is not None:
-                skipped.append((plan.layer_id, Skipped(plan.matrix.name, reason)))
-                continue
-            own, *shuffled = (plan.spectrum(e) for e in evals)
+        for plan, evals in zip(plans, decomposed, strict=True):
+            name = plan.matrix.name
+            if name in known:
+                own, random_evals = known[name], evals
+            else:
+                reason = _malformed(evals[0], plan.base)
+                if reason is not None:
+                    skipped.append((plan.layer_id, Skipped(name, reason)))
+                    continue
+                own, random_evals = plan.spectrum(evals[0]), evals[1:]
+            shuffled = [plan.spectrum(e) for e in random_evals]
             own = own.inverse() if inverse else own
             tail = fit(own.positive)
             if tail and (tail.alpha - 1.0) * own.resolution > 1.0:
                 tail = None  # all of the tail is one eigenvalue, spread by rounding
             report = LayerReport(
                 plan.layer_id,
-                plan.matrix.name,
+                name,
                 plan.matrix.layer_type,
                 own,
                 tail,
@@ -140,7 +150,8 @@ def measure(
             if shuffled:
                 report = replace(
                     report,
-                    **_traps(plan, evals[1:], seed),
+                    **_traps(plan, random_evals, seed),
+                    shuffled=shuffled[0],
                     rand_distance=jensen_shannon_distance(own.evals, shuffled[0].evals),
                 )
             if vectors:
@@ -230,10 +241,11 @@ class _Plan:
     def weights(self) -> WeightMatrix:
         return self.matrix if self.base is None else delta(self.matrix, self.base)
 
-    def job(self, seeds: range) -> Job:
+    def job(self, seeds: range, *, own: bool) -> Job:
         def stacks() -> Iterator[Tensor]:
             stack = self.weights().stack
-            yield stack
+            if own:
+                yield stack
             for seed in seeds:
                 yield shuffle(stack, seed, self.matrix.name)
 

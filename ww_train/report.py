@@ -60,6 +60,7 @@ class LayerReport:
         traps: Correlation traps.
         trap_average: Traps over several shuffles, if more than one was asked for.
         trap_causes: The entries or means that make the traps, the strongest first.
+        shuffled: Spectrum of the (first) shuffled matrix, in which the traps were counted.
         rand_distance: Jensen-Shannon distance between the spectrum and that of the shuffled matrix.
         localization: Localisation of the eigenvectors.
         confidence: How sure alpha is.
@@ -76,6 +77,7 @@ class LayerReport:
     traps: Traps | None = None
     trap_average: TrapAverage | None = None
     trap_causes: tuple[TrapCause, ...] = ()
+    shuffled: Spectrum | None = None
     rand_distance: float | None = None
     localization: Localization | None = None
     confidence: Confidence | None = None
