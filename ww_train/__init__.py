@@ -3,11 +3,12 @@
 from ww_train.analysis import analyze, describe, esd, measure
 from ww_train.fingers import ClipXmax, XminPeak
 from ww_train.kernel_mp import KernelMP
+from ww_train.manifold_projection import ManifoldProjection
 from ww_train.marchenko_pastur import EnergyMP
 from ww_train.matrices import Skipped, WeightMatrix, weight_matrices
 from ww_train.optim import WWPGD
 from ww_train.power_law import PowerLaw, fit_power_law
-from ww_train.projection import ManifoldProjection, Projected, Projection
+from ww_train.projection import Projected, Projection, SpectralProjection
 from ww_train.report import LayerReport, Report
 from ww_train.schedules import Ramp
 from ww_train.truncated import TruncatedPowerLaw
@@ -27,6 +28,7 @@ __all__ = [
     "Ramp",
     "Report",
     "Skipped",
+    "SpectralProjection",
     "TruncatedPowerLaw",
     "WeightMatrix",
     "XminPeak",

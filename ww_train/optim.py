@@ -14,7 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ww_train.matrices import Skipped, reasons
-from ww_train.projection import ManifoldProjection, Projected, Projection
+from ww_train.manifold_projection import ManifoldProjection
+from ww_train.projection import Projected, Projection
 from ww_train.schedules import Ramp, Strength, check_strength
 from ww_train.targets import projection_targets
 

@@ -2,15 +2,18 @@
 
 A projection is any object with `project_(matrix, strength)`. It writes through the view that a
 `WeightMatrix` is, in place and only finite values, and returns what it did or why it did nothing.
+Those that change singular values and keep singular vectors derive from `SpectralProjection` and need
+only say where the eigenvalues go.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -18,10 +21,13 @@ from torch import Tensor
 
 from ww_train.erg import erg_tail
 from ww_train.linalg import gram
-from ww_train.manifold import critical_spectrum, feasible_tail_sizes, partial_step
 from ww_train.matrices import Skipped, WeightMatrix, of_parameter
 from ww_train.power_law import SMALL_N, PowerLawFit, fit_power_law
+from ww_train.rounding import round_to
 from ww_train.spectrum import Array, Spectrum
+
+Operator: TypeAlias = Callable[[Tensor], Tensor]
+"""What was done to the weights, `(rf, rows, cols)` to the same shape in float64, linear."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,24 +37,24 @@ class Projected:
     Attributes:
         name: Dotted path of the layer.
         strength: How far it went, 0 to 1.
-        distance: Relative Frobenius distance from the weights to the target before the step: the
-            "distance to criticality".
-        tail_size: Number k of eigenvalues in the target's tail.
-        before: Spectrum before.
-        after: Spectrum after, without another decomposition.
+        distance: Relative Frobenius distance from the weights to the target before the step: for
+            the critical manifold the "distance to criticality".
+        tail_size: Number k of eigenvalues in the target's tail; None if it has none.
+        before: Spectrum before; None if it was not computed.
+        after: Spectrum after, without another decomposition; None if it was not computed.
     """
 
     name: str
     strength: float
     distance: float
-    tail_size: int
-    before: Spectrum
-    after: Spectrum
+    tail_size: int | None = None
+    before: Spectrum | None = None
+    after: Spectrum | None = None
 
     @cached_property
     def fit(self) -> PowerLawFit | None:
         """Power law of the tail after the step."""
-        return fit_power_law(self.after.positive)
+        return fit_power_law(self.after.positive) if self.after else None
 
     @property
     def alpha(self) -> float | None:
@@ -58,7 +64,7 @@ class Projected:
     @property
     def ERG_gap(self) -> int | None:
         """ERG gap after the step."""
-        return erg_tail(self.after, self.fit).ERG_gap
+        return erg_tail(self.after, self.fit).ERG_gap if self.after else None
 
 
 class Projection(Protocol):
@@ -69,41 +75,53 @@ class Projection(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class ManifoldProjection:
-    """Projection onto the critical manifold: the given alpha and trace-log zero, exactly.
-
-    The nearest critical weights share the singular vectors of W (`ww_train.manifold`), so
-    `W* = W V diag(sigma* / sigma) Vᵀ`: one eigendecomposition of the smaller Gram matrix and two
-    products, all in float64. A step of strength eta moves `ln sigma` by eta of the way and restores
-    the Frobenius norm. Strength 1 lands on the manifold and is idempotent. The slices of a
-    convolution have one pooled spectrum and one tail.
-
-    Weights of 16 bits are rounded stochastically (`round_to`), or small steps would be lost.
+@dataclass(frozen=True, eq=False)
+class Move:
+    """Where the eigenvalues of a layer go in one step.
 
     Attributes:
-        alpha: Target exponent, above 1.
-        min_evals: Smaller layers are left alone: their alpha is not reliable.
+        evals: `(n,)` new eigenvalues, descending, in the order of the old ones; zero stays zero.
+        distance: Relative Frobenius distance from the weights to the target, before the step.
+        tail_size: Number of eigenvalues in the target's tail.
     """
 
-    alpha: float = 2.0
+    evals: Array
+    distance: float
+    tail_size: int
+
+
+class SpectralProjection(ABC):
+    """A projection that changes the singular values of a layer and keeps its singular vectors.
+
+    `W' = W V diag(sigma' / sigma) Vᵀ`: one eigendecomposition of the smaller Gram matrix and two
+    products, all in float64. The slices of a convolution have one pooled spectrum. Weights of 16 bits
+    are rounded stochastically (`ww_train.rounding`), or small steps would be lost.
+    """
+
     min_evals: int = SMALL_N
 
-    def __post_init__(self) -> None:
-        if not 1.0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha must be a finite number above 1, got {self.alpha}")
+    @abstractmethod
+    def move(self, spectrum: Spectrum, strength: float) -> Move | str:
+        """Where the eigenvalues go by a step of `strength`, or why they cannot go anywhere."""
 
     @torch.no_grad()
-    def project_(self, matrix: WeightMatrix | Tensor, strength: float = 1.0) -> Projected | Skipped:
-        """Move the weights in place towards the manifold.
+    def project_(
+        self,
+        matrix: WeightMatrix | Tensor,
+        strength: float = 1.0,
+        *,
+        then: Callable[[Operator], object] | None = None,
+    ) -> Projected | Skipped:
+        """Move the weights in place towards the target.
 
         Args:
             matrix: A layer's matrix, or any floating-point tensor of shape `(rows, cols)`.
             strength: 0 (stay) to 1 (arrive).
+            then: Called, if the weights have changed, with the linear operator that was applied.
 
         Returns:
             What was done; or `Skipped`, the weights untouched, if the matrix is read-only, zero, not
-            finite, or too small or of too low rank for a critical spectrum.
+            finite, too small, or has no target.
 
         Raises:
             TypeError: If it is neither.
@@ -115,83 +133,78 @@ class ManifoldProjection:
         """
         if not 0.0 <= strength <= 1.0:
             raise ValueError(f"strength must be between 0 and 1, got {strength}")
-        if isinstance(matrix, Tensor):
-            if matrix.ndim != 2:
-                raise ValueError(f"expected a matrix, got a tensor of shape {tuple(matrix.shape)}")
-            found = next(of_parameter("W", matrix))
-            if isinstance(found, Skipped):
-                return found
-            matrix = found
-        if not isinstance(matrix, WeightMatrix):
-            raise TypeError(f"expected a WeightMatrix or a Tensor, got {type(matrix).__name__}")
-        if matrix.read_only:
-            return Skipped(matrix.name, matrix.read_only)
-        n = matrix.num_evals
-        if n < self.min_evals:
-            return Skipped(matrix.name, f"{n} eigenvalues, fewer than min_evals={self.min_evals}")
+        matrix = _as_matrix(matrix)
+        if isinstance(matrix, Skipped):
+            return matrix
+        refusal = self.refusal(matrix)
+        if refusal:
+            return Skipped(matrix.name, refusal)
         grams = gram(matrix.stack, matrix.scale)
         if not grams.isfinite().all():
-            return Skipped(matrix.name, "NaN or infinite weights, or squares that overflow")
-        device_evals, vectors = torch.linalg.eigh(grams)
-        evals = device_evals.clamp_min(0.0).flatten().cpu().numpy()
-        order = np.argsort(evals)[::-1]
-        before = _spectrum(matrix, evals[order])
+            return Skipped(matrix.name, NOT_FINITE)
+        return self.apply_(matrix, strength, *torch.linalg.eigh(grams), then=then)
+
+    def refusal(self, matrix: WeightMatrix) -> str | None:
+        """Why a layer is left alone, as far as that can be known without decomposing it."""
+        if matrix.read_only:
+            return matrix.read_only
+        if matrix.num_evals < self.min_evals:
+            return f"{matrix.num_evals} eigenvalues, fewer than min_evals={self.min_evals}"
+        return None
+
+    def apply_(
+        self,
+        matrix: WeightMatrix,
+        strength: float,
+        evals: Tensor,
+        vectors: Tensor,
+        *,
+        then: Callable[[Operator], object] | None = None,
+    ) -> Projected | Skipped:
+        """The step, given the `(rf, M)` eigenvalues and `(rf, M, M)` vectors of the Gram matrices."""
+        host = evals.clamp_min(0.0).flatten().cpu().numpy()
+        order = np.argsort(host)[::-1]
+        before = _spectrum(matrix, host)
         if before.norm == 0.0:
             return Skipped(matrix.name, "all weights are zero")
-        target = critical_spectrum(evals[order], self.alpha, before.matrix_rank)
-        if target is None:
-            return Skipped(matrix.name, self._infeasible(n, before.matrix_rank))
-        positive = np.where(np.arange(n) < before.matrix_rank, evals[order], 0.0)
-        moved = partial_step(positive, target.evals, strength)
-        ratio = np.zeros(n)
-        np.divide(moved, positive, out=ratio, where=positive > 0.0)
-        factors = np.empty(n)
-        factors[order] = np.sqrt(ratio)
-        if not _rescale_(matrix.stack, vectors, factors, seed=zlib.crc32(evals.tobytes())):
-            return Skipped(matrix.name, f"the result would overflow {matrix.stack.dtype}")
-        after = _spectrum(matrix, moved)
-        return Projected(matrix.name, strength, target.distance, target.tail_size, before, after)
+        move = self.move(before, strength)
+        if isinstance(move, str):
+            return Skipped(matrix.name, move)
+        factors = np.zeros(len(host))
+        old = host[order]
+        np.divide(move.evals, old, out=factors, where=(old > 0.0) & (move.evals > 0.0))
+        factors[order] = np.sqrt(factors)
+        scaling = torch.from_numpy(factors).to(vectors.device).view(*evals.shape[:1], 1, -1)
+        right = (vectors * scaling) @ vectors.mT
 
-    def _infeasible(self, n: int, rank: int) -> str:
-        if len(feasible_tail_sizes(n, self.alpha)) == 0:
-            return f"no critical spectrum of {n} eigenvalues has alpha {self.alpha:g}"
-        return f"rank {rank} of {n} is too low for a critical spectrum of alpha {self.alpha:g}"
+        def operator(stack: Tensor) -> Tensor:
+            stack = stack.to(torch.float64)
+            return stack @ right if stack.shape[1] >= stack.shape[2] else right @ stack
+
+        seed = zlib.crc32(host.tobytes())
+        rounded = round_to(operator(matrix.stack), matrix.stack.dtype, seed)
+        if not rounded.isfinite().all():
+            return Skipped(matrix.name, f"the result would overflow {matrix.stack.dtype}")
+        matrix.stack.copy_(rounded)
+        if then is not None:
+            then(operator)
+        after = _spectrum(matrix, move.evals)
+        return Projected(matrix.name, strength, move.distance, move.tail_size, before, after)
+
+
+NOT_FINITE = "NaN or infinite weights, or squares that overflow"
+
+
+def _as_matrix(matrix: WeightMatrix | Tensor) -> WeightMatrix | Skipped:
+    if isinstance(matrix, Tensor):
+        if matrix.ndim != 2:
+            raise ValueError(f"expected a matrix, got a tensor of shape {tuple(matrix.shape)}")
+        return next(of_parameter("W", matrix))
+    if not isinstance(matrix, WeightMatrix):
+        raise TypeError(f"expected a WeightMatrix or a Tensor, got {type(matrix).__name__}")
+    return matrix
 
 
 def _spectrum(matrix: WeightMatrix, evals: Array) -> Spectrum:
     eps = torch.finfo(matrix.stack.dtype).eps
     return Spectrum(np.sort(evals), matrix.N, matrix.M, matrix.rf, eps)
-
-
-def _rescale_(stack: Tensor, vectors: Tensor, factors: Array, seed: int) -> bool:
-    """Multiply the singular values of every slice by `factors`; False, untouched, if not finite."""
-    rf, rows, cols = stack.shape
-    scaling = torch.from_numpy(factors).to(stack.device).view(rf, 1, -1)
-    operator = (vectors * scaling) @ vectors.mT
-    weights = stack.to(torch.float64)
-    result = weights @ operator if rows >= cols else operator @ weights
-    rounded = round_to(result, stack.dtype, seed)
-    if not rounded.isfinite().all():
-        return False
-    stack.copy_(rounded)
-    return True
-
-
-def round_to(values: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """Round float64 values to a dtype: to the nearest, or stochastically if it has 16 bits.
-
-    Half-precision weights have so few digits that a small step, rounded to the nearest, changes
-    nothing at all; up or down at random, with the probabilities that keep the mean, it is kept on
-    average (Gupta et al., ICML 2015). The generator is its own, seeded by `seed`.
-    """
-    if torch.finfo(dtype).bits != 16:
-        return values.to(dtype)
-    info = torch.finfo(dtype)
-    digits = 1 - round(math.log2(info.eps))
-    spacing = torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent - digits)
-    spacing.clamp_(min=info.smallest_normal * info.eps)
-    generator = torch.Generator(values.device).manual_seed(seed)
-    dither = torch.rand(
-        values.shape, generator=generator, dtype=torch.float64, device=values.device
-    )
-    return torch.floor(values / spacing + dither).mul_(spacing).to(dtype)
