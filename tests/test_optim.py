@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import SWALR
 
 from ww_train import WWPGD, ManifoldProjection, Projected, Ramp, Skipped
+from ww_train.steering import Failed
 
 from .oracles import gaussian
 
@@ -1083,7 +1084,7 @@ def test_a_schedule_that_fails_warns_once_and_leaves_the_weights(case):
     opt, reference = wrap(model, strength=strength), adamw(bare)
     train(bare, reference, 3)
     (message,), result = epoch(model, opt)
-    assert "no projection in epoch 0" in message
+    assert "no projection at boundary 0" in message
     assert reason in message
     assert result == ()
     for first in (1, 2):
@@ -1124,7 +1125,7 @@ def test_a_projection_that_fails_warns_once_for_each_layer():
     assert "layer 0 " in first
     assert "layer 2 " in second
     assert "did not converge" in first
-    assert [type(result) for result in results] == [Skipped, Skipped]
+    assert [type(result) for result in results] == [Failed, Failed]
     assert "did not converge" in results[0].reason
     train(model, opt, 1, first=1)
     messages, results = collect(opt.end_epoch)
@@ -1140,7 +1141,7 @@ def test_one_layer_that_fails_does_not_stop_the_others():
     before = model[0].weight.detach().clone()
     messages, results = collect(opt.end_epoch)
     assert len(messages) == 1
-    assert [type(result) for result in results] == [Skipped, Projected]
+    assert [type(result) for result in results] == [Failed, Projected]
     assert torch.equal(model[0].weight, before)
     assert_projected(model[2:])
 

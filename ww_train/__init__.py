@@ -10,7 +10,8 @@ from ww_train.optim import WWPGD
 from ww_train.power_law import PowerLaw, fit_power_law
 from ww_train.projection import Projected, Projection, SpectralProjection
 from ww_train.report import LayerReport, Report
-from ww_train.schedules import Ramp
+from ww_train.schedules import Cosine, Ramp
+from ww_train.steering import project_
 from ww_train.truncated import TruncatedPowerLaw
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "WWPGD",
     "ClipXmax",
+    "Cosine",
     "EnergyMP",
     "KernelMP",
     "LayerReport",
@@ -37,5 +39,6 @@ __all__ = [
     "esd",
     "fit_power_law",
     "measure",
+    "project_",
     "weight_matrices",
 ]

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ww_train.matrices import Skipped, reasons
 from ww_train.manifold_projection import ManifoldProjection
-from ww_train.projection import Projected, Projection
+from ww_train.matrices import Skipped, WeightMatrix, reasons
+from ww_train.momentum import Momentum, change_momentum_, keep, momentum_buffers
+from ww_train.projection import Operator, Projected
+from ww_train.replicas import project_replicas_
 from ww_train.schedules import Ramp, Strength, check_strength
-from ww_train.targets import projection_targets
+from ww_train.steering import Failed, Outcome, Projections, Task, assign, project_all_
+from ww_train.targets import Choice, chosen, projection_targets, refuse_flattened
 
 
 @dataclass
@@ -25,9 +29,10 @@ class _Clock:
     """All mutable state of a `WWPGD`, in one object that proxies and copies of it share."""
 
     steps: int = 0  # executed optimizer steps
-    epochs: int = 0  # projected boundaries
+    epochs: int = 0  # boundaries passed
     boundary: int = -1  # `steps` at the last boundary
     warned: set[str] = field(default_factory=set)
+    projected: tuple[Outcome, ...] = ()  # what was done at the last boundary
 
     def numbers(self) -> dict[str, int]:
         return {"steps": self.steps, "epochs": self.epochs, "boundary": self.boundary}
@@ -50,15 +55,27 @@ class WWPGD(Optimizer):
         base: Any `torch.optim.Optimizer` with its parameters.
         model: The model that owns the parameters. Tells embeddings, tied heads and convolutions from
             linear layers; without it every 2-D parameter that is not named like an embedding counts.
-        strength: How far each projection goes: a number in 0..1, or a callable of the epoch index
-            (the first is 0). By default `Ramp(6)`: linearly to 1 over the first six epochs.
-        projection: What to do to a layer; `ManifoldProjection(alpha=2.0)` by default.
+        strength: How far each projection goes: a number in 0..1, or a callable of the index of the
+            boundary (the first is 0). By default `Ramp(6)`: linearly to 1 over six epochs.
+        projection: What to do to a layer; `ManifoldProjection(alpha=2.0)` by default. Or a dict from
+            patterns of layer names to projections, of which the first that matches is used.
+        include: Only these layers: names, globs, regular expressions or positions as in `measure`,
+            or a predicate on the `WeightMatrix`.
+        exclude: Not these layers.
+        every_n_epochs: Project at every n-th boundary only.
+        every_n_steps: Project after every so many executed steps instead of at the ends of epochs.
         steps_per_epoch: If given, `end_epoch` is called after every so many executed steps.
+        momentum: What becomes of the base optimizer's momentum: `ww_train.momentum.keep`, `.project`
+            or `.reset`.
+        replicas: The process group over which the model is replicated (DistributedDataParallel,
+            ZeroRedundancyOptimizer): each layer is projected by one rank and sent to the others.
+            ww_train's callbacks set it.
         strict: Raise if a projection fails, instead of warning once a layer and going on.
 
     Raises:
         TypeError: If `base` is not an Optimizer.
-        ValueError: If `base` has no parameters or a constant strength is outside 0..1.
+        ValueError: If `base` has no parameters, a constant strength is outside 0..1, a pattern
+            matches no layer of `model`, or options contradict.
     """
 
     def __init__(
@@ -67,8 +84,14 @@ class WWPGD(Optimizer):
         *,
         model: nn.Module | None = None,
         strength: Strength | None = None,
-        projection: Projection | None = None,
+        projection: Projections | None = None,
+        include: Choice = None,
+        exclude: Choice = None,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
         steps_per_epoch: int | None = None,
+        momentum: Momentum = keep,
+        replicas: ProcessGroup | None = None,
         strict: bool = False,
     ) -> None:
         # no super().__init__: it would make a second, soon stale, copy of groups and state
@@ -83,18 +106,30 @@ class WWPGD(Optimizer):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if not any(group["params"] for group in base.param_groups):
             raise ValueError("the optimizer has no parameters")
-        if steps_per_epoch is not None and steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+        _check_clock(every_n_epochs, every_n_steps, steps_per_epoch)
         self.base = base
         self.model = model
         self.strength: Strength = Ramp() if strength is None else strength
         if not callable(self.strength):
             check_strength(self.strength)
-        self.projection: Projection = projection or ManifoldProjection()
+        self.projection: Projections = projection or ManifoldProjection()
+        self.include = include
+        self.exclude = exclude
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
         self.steps_per_epoch = steps_per_epoch
+        self.momentum = momentum
+        self.replicas = replicas
         self.strict = strict
         self._clock = _Clock()
         self._make_hooks()
+        if model is not None:
+            self.targets()  # a pattern that matches nothing is found now, not after an epoch
+
+    @property
+    def projected(self) -> tuple[Outcome, ...]:
+        """What was done to each layer at the last boundary at which a projection was due."""
+        return self._clock.projected
 
     def _make_hooks(self) -> None:
         self._optimizer_step_pre_hooks = OrderedDict()
@@ -165,7 +200,7 @@ class WWPGD(Optimizer):
         self._make_hooks()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base optimizer; at every `steps_per_epoch`-th also `end_epoch`."""
+        """One step of the base optimizer, and the projection if one is due by the number of steps."""
         probe = self._is_probe(closure)
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)  # as torch does
         kwargs: dict[str, Any] = {}
@@ -179,8 +214,9 @@ class WWPGD(Optimizer):
             self._mirror()
         else:
             self._clock.steps += 1
-            if self.steps_per_epoch and self._clock.steps % self.steps_per_epoch == 0:
-                self.end_epoch()
+            due = self.every_n_steps or self.steps_per_epoch
+            if due and self._clock.steps % due == 0:
+                self._boundary()
         return result
 
     # torch would wrap the step in its profiler range and global hooks, which base.step has already
@@ -237,56 +273,110 @@ class WWPGD(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    @torch.no_grad()
-    def end_epoch(self) -> tuple[Projected | Skipped, ...]:
+    def targets(self) -> list[Task | Skipped]:
+        """What would be projected now and how, and why the other matrices would not be.
+
+        Raises:
+            ValueError: If a pattern matches no layer.
+        """
+        found = projection_targets(self.param_groups, self.model)
+        return assign(chosen(found, self.include, self.exclude), self.projection)
+
+    def end_epoch(self) -> tuple[Outcome, ...]:
         """Project every target layer, once an epoch.
 
         A second call without a step in between does nothing, so that a trainer's callback, a loop
-        and `steps_per_epoch` may all call it.
+        and `steps_per_epoch` may all call it. With `every_n_steps` it projects nothing by itself.
 
         Returns:
             What was done to each layer, or why it was skipped; empty if nothing was due.
 
-        Cost: see the projection; nothing is kept between calls.
+        Raises:
+            RuntimeError: If the parameters are flattened or taken over by a framework (FSDP1,
+                DeepSpeed); says what to do.
+
+        Cost: see the projection.
         """
+        if self.every_n_steps is None:
+            return self._boundary()
+        return self.projected if self._clock.boundary == self._clock.steps else ()
+
+    @torch.no_grad()
+    def _boundary(self) -> tuple[Outcome, ...]:
         clock = self._clock
         if clock.boundary == clock.steps:
             return ()
         clock.boundary = clock.steps
-        epoch = clock.epochs
+        index = clock.epochs
         clock.epochs += 1
+        if clock.epochs % self.every_n_epochs:
+            return ()
+        refuse_flattened(self.param_groups)
         try:
-            strength = self.strength(epoch) if callable(self.strength) else self.strength
+            strength = self.strength(index) if callable(self.strength) else self.strength
             check_strength(strength)
+            with _at_trained_point(self.base):
+                clock.projected = self._project(self.targets(), strength)
         except Exception as error:
             if self.strict:
                 raise
-            self._warn_once("strength", f"no projection in epoch {epoch}: {error}")
+            self._warn_once("boundary", f"no projection at boundary {index}: {error}")
             return ()
-        with _at_trained_point(self.base):
-            targets = projection_targets(self.param_groups, self.model)
-            results = tuple(self._project(matrix, strength) for matrix in targets)
+        return clock.projected
+
+    def _project(self, targets: list[Task | Skipped], strength: float) -> tuple[Outcome, ...]:
+        tasks = [target for target in targets if isinstance(target, Task)]
+        then = None if self.momentum is keep else self._change_momentum_
+        if self.replicas is None:
+            outcomes = project_all_(tasks, strength, then)
+        else:
+            outcomes = project_replicas_(tasks, strength, self.replicas, then, self._buffers)
+        done = iter(outcomes)
+        results = tuple(next(done) if isinstance(t, Task) else t for t in targets)
+        for failed in results:
+            if isinstance(failed, Failed):
+                if self.strict:
+                    raise failed.error
+                self._warn_once(
+                    failed.name, f"layer {failed.name} is left as it is, {failed.reason}"
+                )
         if not any(isinstance(result, Projected) for result in results):
             why = reasons([result for result in results if isinstance(result, Skipped)])
             self._warn_once("none", f"WWPGD projects no layer ({why})")
         return results
 
-    def _project(self, matrix: Any, strength: float) -> Projected | Skipped:
-        if isinstance(matrix, Skipped):
-            return matrix
-        try:
-            return self.projection.project_(matrix, strength)
-        except Exception as error:
-            if self.strict:
-                raise
-            reason = f"the projection failed: {type(error).__name__}: {error}"
-            self._warn_once(matrix.name, f"layer {matrix.name} is left as it is, {reason}")
-            return Skipped(matrix.name, reason)
+    def _change_momentum_(self, matrix: WeightMatrix, operator: Operator) -> None:
+        if matrix.parameter is not None:
+            state = self.base.state.get(matrix.parameter, {})
+            change_momentum_(self.momentum, matrix, state, operator)
+
+    def _buffers(self, matrix: WeightMatrix) -> Sequence[Tensor]:
+        """Momentum that a projection by one rank must send to the others."""
+        if self.momentum is keep or matrix.parameter is None:
+            return ()
+        return list(momentum_buffers(matrix, self.base.state.get(matrix.parameter, {})))
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._clock.warned:
             self._clock.warned.add(key)
             warnings.warn(message, stacklevel=3)
+
+
+def _check_clock(
+    every_n_epochs: int, every_n_steps: int | None, steps_per_epoch: int | None
+) -> None:
+    for name, number in (
+        ("every_n_epochs", every_n_epochs),
+        ("every_n_steps", every_n_steps),
+        ("steps_per_epoch", steps_per_epoch),
+    ):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if every_n_steps is not None and (every_n_epochs != 1 or steps_per_epoch is not None):
+        raise ValueError(
+            "every_n_steps= counts steps and takes the place of epochs: give it without "
+            "every_n_epochs= and steps_per_epoch="
+        )
 
 
 @contextmanager

@@ -1,0 +1,37 @@
+"""Sharing layers between the processes of a torch.distributed group."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[int]:
+    """Which rank gets which piece of work: the heaviest first, each to the least loaded rank.
+
+    The longest rank is at most 4/3 of the best possible (Graham, SIAM J. Applied Math. 17 (1969)
+    416). The same on every rank.
+
+    Args:
+        costs: Cost of each piece, in any unit.
+        ranks: Number of ranks.
+    """
+    loads = [(0.0, rank) for rank in range(ranks)]
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, rank = heapq.heappop(loads)
+        owners[i] = rank
+        heapq.heappush(loads, (load + costs[i], rank))
+    return owners
+
+
+def gather(own: T, group: dist.ProcessGroup | None) -> list[T]:
+    """What every rank of a group has, in the order of the ranks; a collective."""
+    everything: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everything, own, group)
+    return everything  # type: ignore[return-value]

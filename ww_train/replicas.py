@@ -1,0 +1,88 @@
+"""Projecting a model that several processes hold: each layer by one of them, the same on all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ww_train.matrices import WeightMatrix
+from ww_train.projection import Projected
+from ww_train.ranks import deal, gather
+from ww_train.steering import Failed, Outcome, Task, Then, project_all_
+
+
+@torch.no_grad()
+def project_replicas_(
+    tasks: Sequence[Task],
+    strength: float,
+    group: dist.ProcessGroup,
+    then: Then | None = None,
+    buffers: Callable[[WeightMatrix], Sequence[Tensor]] = lambda matrix: (),
+) -> list[Outcome]:
+    """Project a model that is replicated over a group: each layer by one rank, sent to the others.
+
+    Every rank must call it with the same layers. The replicas are bitwise equal afterwards, and all
+    ranks return the results of all.
+
+    Args:
+        tasks: The same on every rank.
+        strength: The same on every rank.
+        group: The processes that hold a replica each.
+        then: See `project_all_`.
+        buffers: Whatever else `then` changes of a matrix, to be sent as well.
+
+    Raises:
+        RuntimeError: On every rank, if the ranks hold different layers; nothing is sent then.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    owners = _owners(tasks, ranks)
+    mine = [i for i, owner in enumerate(owners) if owner == rank]
+    own = project_all_([tasks[i] for i in mine], strength, then)
+    done = {i: _portable(outcome) for i, outcome in zip(mine, own, strict=True)}
+    layers = [(t.matrix.name, tuple(t.matrix.stack.shape)) for t in tasks]
+    shares = gather((layers, done), group)
+    if any(theirs != layers for theirs, _ in shares):
+        raise RuntimeError(
+            "the ranks hold different layers: replicas= is for a model that every process of the "
+            "group holds in full, as DistributedDataParallel does"
+        )
+    results = {i: outcome for _, share in shares for i, outcome in share.items()}
+    sent: set[int] = set()
+    for i, task in enumerate(tasks):
+        if not isinstance(results[i], Projected):
+            continue
+        source = dist.get_global_rank(group, owners[i])
+        weights = task.matrix.stack if task.matrix.parameter is None else task.matrix.parameter
+        for tensor in (weights, *buffers(task.matrix)):
+            if id(tensor) not in sent:
+                sent.add(id(tensor))
+                _broadcast_(tensor, source, group)
+    return [results[i] for i in range(len(tasks))]
+
+
+def _owners(tasks: Sequence[Task], ranks: int) -> list[int]:
+    """The rank of each task; all matrices of one parameter go to one rank."""
+    units: dict[int, list[int]] = {}
+    for i, task in enumerate(tasks):
+        units.setdefault(id(task.matrix.parameter), []).append(i)
+    dealt = deal([sum(tasks[i].cost for i in unit) for unit in units.values()], ranks)
+    owner = {i: rank for unit, rank in zip(units.values(), dealt, strict=True) for i in unit}
+    return [owner[i] for i in range(len(tasks))]
+
+
+def _broadcast_(tensor: Tensor, source: int, group: dist.ProcessGroup) -> None:
+    tensor = tensor.detach()
+    whole = tensor.contiguous()
+    dist.broadcast(whole, source, group=group)
+    if whole.data_ptr() != tensor.data_ptr():
+        tensor.copy_(whole)
+
+
+def _portable(outcome: Outcome) -> Outcome:
+    """Without an exception that may not be picklable: the other ranks would wait for ever."""
+    if isinstance(outcome, Failed):
+        return Failed(outcome.name, outcome.reason, RuntimeError(outcome.reason))
+    return outcome
