@@ -12,7 +12,7 @@ from torch import nn
 from ww_train import ManifoldProjection, Projected, Skipped, WeightMatrix, weight_matrices
 from ww_train.manifold import critical_spectrum, feasible_tail_sizes
 from ww_train.power_law import fit_power_law
-from ww_train.projection import round_to
+from ww_train.projection import Move, SpectralProjection
 
 from .oracles import dense, evals_by_svd, gaussian, heavy, orthogonal
 
@@ -388,58 +388,6 @@ def test_the_global_generator_is_untouched():
     np.testing.assert_array_equal(np.random.get_state()[1], state[1])  # noqa: NPY002
 
 
-# Rounding
-
-HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-
-
-@HALF
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_number_of_sixteen_bits_is_rounded_to_itself(dtype, seed):
-    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    numbers = numbers[numbers.isfinite()]
-    assert len(numbers) > 60000
-    assert torch.equal(round_to(numbers.double(), dtype, seed), numbers)
-
-
-@HALF
-@pytest.mark.parametrize(
-    "value", [1.0003, -1.0003, 0.4999, 3.14159e-3, 1.9999, -700.03, 1e-7, 3e-6]
-)
-def test_a_number_between_two_goes_to_either_and_keeps_its_mean(dtype, value):
-    copies = 20000
-    rounded = round_to(torch.full((copies,), value, dtype=torch.float64), dtype, 0).double()
-    low, high = sorted(set(rounded.tolist()))
-    assert low < value < high
-    between = torch.tensor([(low + high) / 2], dtype=torch.float64)
-    assert float(between.to(dtype)) in (low, high)  # no number of this dtype lies between them
-    deviation = (high - low) / 2 / math.sqrt(copies)
-    assert float(rounded.mean()) == pytest.approx(value, abs=5 * deviation)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_other_numbers_are_rounded_to_the_nearest(dtype):
-    values = gaussian(50, 50, dtype=torch.float64)
-    assert torch.equal(round_to(values, dtype, 0), values.to(dtype))
-
-
-@HALF
-def test_rounding_depends_on_its_seed_alone(dtype):
-    values, state = gaussian(50, 50, dtype=torch.float64), torch.get_rng_state()
-    first = round_to(values, dtype, 7)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(123)
-    assert torch.equal(round_to(values, dtype, 7), first)
-    assert not torch.equal(round_to(values, dtype, 8), first)
-
-
-def test_what_does_not_fit_becomes_infinite():
-    values = torch.tensor([65519.0, 65536.0, -1e9], dtype=torch.float64)
-    rounded = round_to(values, torch.float16, 0)
-    assert float(rounded[0]) in (65504.0, math.inf)
-    assert rounded[1:].tolist() == [math.inf, -math.inf]
-
-
 def test_complex_weights_are_refused_or_left_alone():
     weight = torch.complex(gaussian(60, 40), gaussian(60, 40, seed=1))
     before = weight.clone()
@@ -451,3 +399,53 @@ def test_complex_weights_are_refused_or_left_alone():
 def test_an_array_is_refused_with_a_clear_message():
     with pytest.raises(TypeError, match="Tensor"):
         ManifoldProjection().project_(np.ones((60, 40)))
+
+
+# A projection of one's own
+
+
+class Flattening(SpectralProjection):
+    """Moves every singular value towards their root mean square."""
+
+    def move(self, spectrum, strength):
+        svals = np.sqrt(spectrum.evals[::-1])
+        goal = np.sqrt(spectrum.evals.mean())
+        off = float(np.linalg.norm(svals - goal) / np.linalg.norm(svals))
+        return Move((svals + strength * (goal - svals)) ** 2, off, len(svals))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_projection_needs_only_say_where_the_eigenvalues_go(shape):
+    weight = gaussian(*shape, dtype=torch.float64)
+    svals = np.sqrt(evals_by_svd(weight))
+    done = Flattening().project_(weight, 0.25)
+    goal = np.linalg.norm(svals) / np.sqrt(len(svals))
+    np.testing.assert_allclose(np.sqrt(evals_by_svd(weight)), 0.75 * svals + 0.25 * goal, rtol=1e-9)
+    np.testing.assert_allclose(done.after.evals, evals_by_svd(weight), rtol=1e-9)
+    assert (done.strength, done.tail_size) == (0.25, len(svals))
+
+
+class Nowhere(SpectralProjection):
+    def move(self, spectrum, strength):
+        return "nowhere to go"
+
+
+def test_a_projection_may_say_why_not():
+    weight = gaussian(60, 40)
+    before = weight.clone()
+    assert Nowhere().project_(weight, 1.0) == Skipped("W", "nowhere to go")
+    assert torch.equal(weight, before)
+
+
+def test_the_operator_is_given_only_if_the_weights_have_changed():
+    seen = []
+    for weight in (gaussian(60, 40), torch.zeros(60, 40), gaussian(60, 10), poisoned(math.nan)):
+        ManifoldProjection().project_(weight, 0.5, then=seen.append)
+    Nowhere().project_(gaussian(60, 40), 0.5, then=seen.append)
+    assert len(seen) == 1
+
+
+def test_the_operator_of_a_step_of_nothing_is_the_identity():
+    weight, seen = gaussian(60, 40, dtype=torch.float64), []
+    ManifoldProjection().project_(weight, 0.0, then=seen.append)
+    torch.testing.assert_close(seen[0](weight[None])[0], weight, rtol=1e-12, atol=1e-12)

@@ -1,10 +1,13 @@
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from ww_train import WeightMatrix
-from ww_train.targets import projection_targets
+from ww_train import WWPGD, Skipped, WeightMatrix
+from ww_train.targets import chosen, projection_targets, refuse_flattened
 
 from .oracles import zoo
 
@@ -184,7 +187,7 @@ def test_the_matrices_of_a_lora_adapter_are_not():
     (saved,) = names
     assert saved.endswith("modules_to_save.default")
     lora = {name: reason for name, reason in reasons.items() if "lora" in name}
-    assert len(lora) == 2
+    assert lora
     assert all("LoRA" in reason for reason in lora.values())
     assert {reason for name, reason in reasons.items() if name not in lora} == {"frozen"}
 
@@ -256,3 +259,109 @@ def test_parameters_are_read_afresh():
 def test_unusable_dtypes_are_skipped():
     weight = nn.Parameter(torch.randn(30, 20, dtype=torch.complex64))
     assert targets([weight]) == ([], {"group0.param0": "complex weights (torch.complex64)"})
+
+
+# Narrowing down
+
+
+def some(*names):
+    return [WeightMatrix(name, "dense", torch.ones(1, 30, 20)) for name in names]
+
+
+def narrowed(*choices):
+    found = [Skipped("emb", "an embedding"), *some("a", "b.0", "b.1")]
+    result = chosen(found, *choices)
+    assert [t.name for t in result] == ["emb", "a", "b.0", "b.1"]
+    assert result[0] is found[0]
+    return [t.name if isinstance(t, WeightMatrix) else t.reason for t in result[1:]]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (None, None, ["a", "b.0", "b.1"]),
+        ("b.*", None, ["not included", "b.0", "b.1"]),
+        (None, "b.*", ["a", "excluded", "excluded"]),
+        ("b.*", "b.1", ["not included", "b.0", "excluded"]),
+        ("a", "a", ["excluded", "not included", "not included"]),
+        ("emb", None, ["not included"] * 3),
+        (None, "emb", ["a", "b.0", "b.1"]),
+        ([], None, ["not included"] * 3),
+        (None, [], ["a", "b.0", "b.1"]),
+        ((), (), ["not included"] * 3),
+        (
+            lambda m: "b" in m.name,
+            lambda m: m.name.endswith("0"),
+            ["not included", "excluded", "b.1"],
+        ),
+        ([1, -1], None, ["a", "not included", "b.1"]),
+    ],
+)
+def test_choices(include, exclude, expected):
+    assert narrowed(include, exclude) == expected
+
+
+def test_a_predicate_is_asked_about_matrices_only():
+    asked = []
+    narrowed(lambda matrix: asked.append(matrix.name), None)
+    assert asked == ["a", "b.0", "b.1"]
+
+
+def test_without_an_optimizer_frozen_weights_are_targets():
+    model = nn.Sequential(nn.Linear(20, 30), nn.Embedding(30, 20)).requires_grad_(False)
+    linear, embedding = projection_targets(None, model)
+    assert isinstance(linear, WeightMatrix)
+    assert isinstance(embedding, Skipped)
+
+
+# Frameworks that take the parameters over
+
+
+def flat(**attributes):
+    parameter = nn.Parameter(torch.ones(600))
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+    return parameter
+
+
+def marked(shape, name):
+    parameter = nn.Parameter(torch.ones(shape))
+    setattr(parameter, name, True)
+    return parameter
+
+
+def test_deepspeed_is_refused():
+    with pytest.raises(RuntimeError, match=r"DeepSpeed .* ww_train\.project_"):
+        refuse_flattened([{"params": [flat(), flat(ds_id=3)]}])
+
+
+def test_deepspeed_is_known_by_its_flat_pieces(monkeypatch):
+    groups = [{"params": [flat()]}, {"params": []}]
+    refuse_flattened(groups)
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    with pytest.raises(RuntimeError, match="DeepSpeed has taken the parameters over"):
+        refuse_flattened(groups)
+    refuse_flattened([*groups, {"params": [nn.Parameter(torch.ones(30, 20))]}])
+
+
+def test_fsdp_is_refused_while_its_parameters_are_flat():
+    weight, bias = marked((30, 20), "_fsdp_flattened"), marked((30,), "_fsdp_flattened")
+    with pytest.raises(RuntimeError, match=r"use fully_shard.*summon_full_params"):
+        refuse_flattened([{"params": [marked((600,), "_fsdp_flattened"), bias]}])
+    refuse_flattened([{"params": [weight, bias]}])  # summoned
+
+
+@pytest.mark.parametrize(
+    "params", [[], [nn.Parameter(torch.ones(3))], [nn.Parameter(torch.ones(3, 2))]]
+)
+def test_plain_parameters_are_not_refused(params):
+    refuse_flattened([{"params": params}])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_refusal_is_raised_not_warned(strict):
+    model = nn.Sequential(nn.Linear(20, 30))
+    opt = WWPGD(torch.optim.SGD(model.parameters(), lr=0.1), model=model, strict=strict)
+    model[0].weight.ds_id = 0
+    with pytest.raises(RuntimeError, match="DeepSpeed has taken the parameters over"):
+        opt.end_epoch()

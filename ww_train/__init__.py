@@ -12,6 +12,8 @@ from ww_train.projection import Projected, Projection, SpectralProjection
 from ww_train.report import LayerReport, Report
 from ww_train.schedules import Cosine, Ramp
 from ww_train.steering import project_
+from ww_train.tail_projection import TailProjection
+from ww_train.trap_projection import TrapProjection
 from ww_train.truncated import TruncatedPowerLaw
 
 __version__ = "0.1.0"
@@ -31,6 +33,8 @@ __all__ = [
     "Report",
     "Skipped",
     "SpectralProjection",
+    "TailProjection",
+    "TrapProjection",
     "TruncatedPowerLaw",
     "WeightMatrix",
     "XminPeak",

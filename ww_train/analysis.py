@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from ww_train.power_law import TailFit, fit_power_law
 from ww_train.report import LayerReport, Report
 from ww_train.selection import Layers, select
 from ww_train.spectrum import Array, Spectrum
+from ww_train.stored import CheckpointError, Deferred
 from ww_train.trap_causes import TrapCause, trap_causes
 from ww_train.traps import average_traps, count_traps, shuffle
 
@@ -64,7 +65,9 @@ def measure(
     """Measure the spectrum of every layer of a model. Changes nothing, uses no global generator.
 
     Args:
-        model: A module, a state dict or a single matrix (Tensor or ndarray), on any device.
+        model: A module, a state dict or a single matrix (Tensor or ndarray), on any device; a file or
+            folder of weights, read layer by layer; or a list of what `weight_matrices` gives, such as
+            `merge(base, adapter)`.
         layers: Which layers, by name, glob, regular expression or position (`ww_train.selection`).
         types: Which types of layers, such as "dense" or "conv2d".
         base_model: Measure the difference to this model's layers of the same names instead.
@@ -86,17 +89,20 @@ def measure(
             inverse, where the smallest eigenvalues become the largest, the second.
         spectra: Spectra that are known already, by layer name, such as those of a projection
             (`Projected.after`): these layers are not decomposed again.
-        progress: Show a progress bar on standard error if it is a terminal.
+        progress: Show a progress bar with the layer's name on standard error if it is a terminal.
 
     Returns:
         The report; layers that cannot be analysed are in `skipped` with the reason.
 
     Raises:
         TypeError: If `model` is none of the accepted kinds.
+        CheckpointError: If a file or folder cannot be read; a ValueError.
         ValueError: If a layer or type that was asked for does not exist, or options contradict.
 
     Cost: for an N x M layer `N M² + (4/3) M³` float64 operations on the layer's device, twice that
-    with `randomize`; see `ww_train.linalg.decompose` for how they are scheduled.
+    with `randomize`; see `ww_train.linalg.decompose` for how they are scheduled. Of a file every
+    weight is read once, and the weights of one large layer and of the next are in memory. Sharded
+    weights are gathered one by one; every process of their mesh must call this.
     """
     if inverse and (randomize or mp_fit or vectors):
         raise ValueError(
@@ -115,54 +121,40 @@ def measure(
     known = spectra or {}
     shuffles = range(seed, seed + int(randomize))
     jobs = [plan.job(shuffles, own=plan.matrix.name not in known) for plan in plans]
+    solver = eigensolver or (svd_eigenvalues if inverse else gram_eigenvalues)
+    measured: dict[int, LayerReport] = {}
     bar = tqdm(total=len(jobs), unit="layer", delay=1, disable=not progress or None)
-    with bar, torch.no_grad():
-        solver = eigensolver or (svd_eigenvalues if inverse else gram_eigenvalues)
-        decomposed = decompose(jobs, solver, bar.update)
-        measured: list[LayerReport] = []
-        for plan, evals in zip(plans, decomposed, strict=True):
-            name = plan.matrix.name
-            if name in known:
-                own, random_evals = known[name], evals
-            else:
+    with bar, torch.no_grad(), closing(decompose(jobs, solver)) as solved:
+        for position, evals in solved:
+            plan = plans[position]
+            bar.set_postfix_str(plan.matrix.name, refresh=False)
+            bar.update()
+            reason = plan.failure
+            if reason is None and plan.matrix.name not in known:
                 reason = _malformed(evals[0], plan.base)
-                if reason is not None:
-                    skipped.append((plan.layer_id, Skipped(name, reason)))
-                    continue
-                own, random_evals = plan.spectrum(evals[0]), evals[1:]
-            shuffled = [plan.spectrum(e) for e in random_evals]
+            if reason is not None:
+                skipped.append((plan.layer_id, Skipped(plan.matrix.name, reason)))
+                continue
+            own = known.get(plan.matrix.name)
+            if own is None:
+                own, evals = plan.spectrum(evals[0]), evals[1:]
             own = own.inverse() if inverse else own
-            tail = fit(own.positive)
-            if tail and (tail.alpha - 1.0) * own.resolution > 1.0:
-                tail = None  # all of the tail is one eigenvalue, spread by rounding
-            report = LayerReport(
-                plan.layer_id,
-                name,
-                plan.matrix.layer_type,
-                own,
-                tail,
-                erg_tail(own, tail),
-                slice_id=plan.matrix.slice_id,
-            )
+            report = _fitted(plan, own, fit)
             if mp_fit:
                 with suppress(ValueError):  # no bulk to be found: no columns, as for any failed fit
                     report = replace(report, mp=(fit_mp if mp_fit is True else mp_fit)(own))
-            if shuffled:
-                report = replace(
-                    report,
-                    **_traps(plan, random_evals, seed),
-                    shuffled=shuffled[0],
-                    rand_distance=jensen_shannon_distance(own.evals, shuffled[0].evals),
-                )
+            if evals:
+                report = _randomized(plan, report, evals, seed)
             if vectors:
-                xmin = tail.xmin if tail else math.inf
+                xmin = report.fit.xmin if report.fit else math.inf
                 report = replace(report, localization=vector_metrics(plan.weights(), xmin))
-            if replicates and tail:
+            if replicates and report.fit:
                 sure = confidence(own.positive, fit, replicates=replicates, seed=seed)
                 report = replace(report, confidence=sure)
-            measured.append(report)
+            measured[position] = report
     return Report(
-        tuple(measured), tuple(layer for _, layer in sorted(skipped, key=lambda pair: pair[0]))
+        tuple(measured[position] for position in sorted(measured)),
+        tuple(layer for _, layer in sorted(skipped, key=lambda pair: pair[0])),
     )
 
 
@@ -230,36 +222,104 @@ def esd(model: Source, layer: str | int) -> Array:
     return report.layers[0].spectrum.evals
 
 
-@dataclass(frozen=True, eq=False)
 class _Plan:
-    """One layer to decompose; a difference to a base model is taken when its turn comes."""
+    """One layer to decompose, and its weights while they are in memory for it.
 
-    layer_id: int
-    matrix: WeightMatrix
-    base: WeightMatrix | None
+    Weights that are in a file, sharded or the difference to a base model are loaded once, when the
+    layer's turn comes, and kept until its report is finished.
+    """
+
+    def __init__(self, layer_id: int, matrix: WeightMatrix, base: WeightMatrix | None) -> None:
+        self.layer_id = layer_id
+        self.matrix = matrix
+        self.base = base
+        self.failure: str | None = None
+        self.eps = torch.finfo(matrix.dtype).eps
+        self._loaded: WeightMatrix | None = None
 
     def weights(self) -> WeightMatrix:
-        return self.matrix if self.base is None else delta(self.matrix, self.base)
+        """The layer or its difference to the base, in memory."""
+        if self._loaded is not None:
+            return self._loaded
+        return self.matrix.loaded() if self.base is None else delta(self.matrix, self.base)
+
+    def load(self) -> None:
+        """Read, gather or subtract; what cannot be read becomes a failure with its reason."""
+        try:
+            with torch.no_grad():
+                matrix = self.matrix.loaded()
+                self._loaded = matrix if self.base is None else self._difference(matrix)
+        except CheckpointError as error:
+            self.failure = str(error)
+
+    def _difference(self, matrix: WeightMatrix) -> WeightMatrix:
+        assert self.base is not None
+        difference = delta(matrix, self.base)
+        size = float(difference.stack.norm())
+        if size > 0.0:
+            # the difference carries the rounding of the weights, which are larger
+            self.eps *= float(matrix.stack.to(torch.float64).norm()) / size
+        return difference
+
+    def release(self) -> None:
+        """Let go of the weights."""
+        self._loaded = None
 
     def job(self, seeds: range, *, own: bool) -> Job:
-        def stacks() -> Iterator[Tensor]:
-            stack = self.weights().stack
-            if own:
-                yield stack
-            for seed in seeds:
-                yield shuffle(stack, seed, self.matrix.name)
+        """Its own spectrum, unless that is known, and those of its shuffles."""
 
-        return Job(stacks, self.matrix.M, self.matrix.stack.device)
+        def stacks() -> Iterator[Tensor]:
+            if self.failure is not None:
+                return
+            if own:
+                yield self.weights().stack if core is None else core()
+            for seed in seeds:
+                yield shuffle(self.weights().stack, seed, self.matrix.name)
+
+        core = self._core()
+        m, base = self.matrix, self.base
+        if base is None and (not m.deferred or (core is not None and not seeds)):
+            return Job(stacks, m.M, m.device)
+        size = math.prod(m.shape) * (m.dtype.itemsize if base is None else 8)
+        collective = m.collective or (base is not None and base.collective)
+        return Job(stacks, m.M, m.device, self.load, self.release, size, collective)
+
+    def _core(self) -> Callable[[], Tensor] | None:
+        """Makes a small matrix of the same positive eigenvalues, where the layer has one."""
+        weights = self.matrix.weights
+        return weights.core if isinstance(weights, Deferred) and self.base is None else None
 
     def spectrum(self, slices: Tensor) -> Spectrum:
-        """The pooled spectrum of some of the layer's slices, from their `(number, M)` eigenvalues."""
+        """The pooled spectrum of some of the layer's slices, from their `(number, k)` eigenvalues.
+
+        Where fewer than M of a slice were computed, the others are zero.
+        """
         m = self.matrix
-        evals: Array = np.sort(slices.numpy(), axis=None)
-        eps = torch.finfo(m.stack.dtype).eps
-        if self.base is not None and evals.sum() > 0.0:
-            # the difference carries the rounding of the weights, which are larger
-            eps *= float(m.stack.to(torch.float64).norm()) / math.sqrt(evals.sum())
-        return Spectrum(evals * m.scale**2, m.N, m.M, len(slices), eps)
+        evals: Array = np.zeros((len(slices), m.M))
+        evals[:, m.M - slices.shape[1] :] = slices.numpy()
+        evals = np.sort(evals, axis=None)
+        return Spectrum(evals * m.scale**2, m.N, m.M, len(slices), self.eps)
+
+
+def _fitted(plan: _Plan, own: Spectrum, fit: TailFit) -> LayerReport:
+    """The layer's report with what every layer has: the tails of the power law and of the ERG."""
+    tail = fit(own.positive)
+    if tail and (tail.alpha - 1.0) * own.resolution > 1.0:
+        tail = None  # all of the tail is one eigenvalue, spread by rounding
+    m = plan.matrix
+    erg = erg_tail(own, tail)
+    return LayerReport(plan.layer_id, m.name, m.layer_type, own, tail, erg, slice_id=m.slice_id)
+
+
+def _randomized(plan: _Plan, report: LayerReport, shuffles: list[Tensor], seed: int) -> LayerReport:
+    """The report with what the layer's shuffles tell."""
+    first = plan.spectrum(shuffles[0])
+    return replace(
+        report,
+        **_traps(plan, shuffles, seed),
+        shuffled=first,
+        rand_distance=jensen_shannon_distance(report.spectrum.evals, first.evals),
+    )
 
 
 def _selected(
@@ -292,6 +352,11 @@ def _plan(
     if isinstance(matrix, Skipped):
         return matrix
     name, num = matrix.name, matrix.num_evals
+    if base is None and matrix.max_rank < min(num, min_evals):
+        return Skipped(
+            name,
+            f"{matrix.max_rank} positive eigenvalues by its rank, fewer than min_evals={min_evals}",
+        )
     if num < min_evals:
         return Skipped(name, f"{num} eigenvalues, fewer than min_evals={min_evals}")
     if max_evals is not None and num > max_evals:
@@ -303,8 +368,8 @@ def _plan(
     partner = base.get(name)
     if partner is None:
         return Skipped(name, "the base model has no layer of this name")
-    if partner.stack.shape != matrix.stack.shape:
-        shapes = f"{tuple(matrix.stack.shape)} here, {tuple(partner.stack.shape)} in the base model"
+    if partner.shape != matrix.shape:
+        shapes = f"{matrix.shape} here, {partner.shape} in the base model"
         return Skipped(name, f"shape {shapes}")
     return _Plan(layer_id, matrix, partner)
 

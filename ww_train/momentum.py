@@ -41,16 +41,19 @@ def change_momentum_(
 ) -> None:
     """Apply a policy to the momentum of one projected matrix, in place and only if finite.
 
+    If the policy raises, no buffer has changed.
+
     Args:
         policy: One of the functions above, or your own.
         matrix: The matrix that was projected; a view of its parameter.
         state: The optimizer's state of that parameter.
         operator: What was applied to the weights.
     """
-    for buffer in momentum_buffers(matrix, state):
-        changed = policy(buffer, operator).to(buffer.dtype)
-        if changed.isfinite().all():
-            buffer.copy_(changed)
+    buffers = list(momentum_buffers(matrix, state))
+    changed = [policy(buffer, operator).to(buffer.dtype) for buffer in buffers]
+    for buffer, new in zip(buffers, changed, strict=True):
+        if new.isfinite().all():
+            buffer.copy_(new)
 
 
 def momentum_buffers(matrix: WeightMatrix, state: Mapping[str, Any]) -> Iterator[Tensor]:

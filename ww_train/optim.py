@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -10,18 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from ww_train.boundary import Need, needed, project_boundary_
 from ww_train.manifold_projection import ManifoldProjection
-from ww_train.matrices import Skipped, WeightMatrix, reasons
-from ww_train.momentum import Momentum, change_momentum_, keep, momentum_buffers
-from ww_train.projection import Operator, Projected
-from ww_train.replicas import project_replicas_
+from ww_train.matrices import Skipped, reasons
+from ww_train.momentum import FIRST_MOMENTS, Momentum, keep
+from ww_train.projection import Projected, SpectralProjection
 from ww_train.schedules import Ramp, Strength, check_strength
-from ww_train.steering import Failed, Outcome, Projections, Task, assign, project_all_
+from ww_train.steering import Failed, Outcome, Projections, Task, assign
 from ww_train.targets import Choice, chosen, projection_targets, refuse_flattened
+from ww_train.weight_matrix import sharded
 
 
 @dataclass
@@ -62,6 +64,8 @@ class WWPGD(Optimizer):
         include: Only these layers: names, globs, regular expressions or positions as in `measure`,
             or a predicate on the `WeightMatrix`.
         exclude: Not these layers.
+        when: Only layers that need it: a predicate on the layer's `LayerReport`, traps included, such
+            as `lambda layer: layer.alpha < 2 or layer.num_traps`. It costs another measurement.
         every_n_epochs: Project at every n-th boundary only.
         every_n_steps: Project after every so many executed steps instead of at the ends of epochs.
         steps_per_epoch: If given, `end_epoch` is called after every so many executed steps.
@@ -87,6 +91,7 @@ class WWPGD(Optimizer):
         projection: Projections | None = None,
         include: Choice = None,
         exclude: Choice = None,
+        when: Need | None = None,
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         steps_per_epoch: int | None = None,
@@ -106,15 +111,18 @@ class WWPGD(Optimizer):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if not any(group["params"] for group in base.param_groups):
             raise ValueError("the optimizer has no parameters")
+        if not callable(momentum):
+            raise TypeError(f"momentum is a function of ww_train.momentum, got {momentum!r}")
         _check_clock(every_n_epochs, every_n_steps, steps_per_epoch)
         self.base = base
         self.model = model
         self.strength: Strength = Ramp() if strength is None else strength
         if not callable(self.strength):
             check_strength(self.strength)
-        self.projection: Projections = projection or ManifoldProjection()
+        self.projection: Projections = ManifoldProjection() if projection is None else projection
         self.include = include
         self.exclude = exclude
+        self.when = when
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.steps_per_epoch = steps_per_epoch
@@ -199,6 +207,12 @@ class WWPGD(Optimizer):
         self.__dict__.update(state)
         self._make_hooks()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> WWPGD:
+        memo[id(self.replicas)] = self.replicas  # a process group cannot be copied, but shared
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer, and the projection if one is due by the number of steps."""
         probe = self._is_probe(closure)
@@ -269,6 +283,7 @@ class WWPGD(Optimizer):
         self.base.load_state_dict(state)
         for name, fresh in _Clock().numbers().items():
             setattr(self._clock, name, int(numbers.get(name, fresh)))
+        self._clock.projected = ()
         self._mirror()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -306,12 +321,15 @@ class WWPGD(Optimizer):
         clock = self._clock
         if clock.boundary == clock.steps:
             return ()
+        due = (clock.epochs + 1) % self.every_n_epochs == 0
+        if due:
+            refuse_flattened(self.param_groups)
         clock.boundary = clock.steps
         index = clock.epochs
         clock.epochs += 1
-        if clock.epochs % self.every_n_epochs:
+        if not due:
             return ()
-        refuse_flattened(self.param_groups)
+        clock.projected = ()
         try:
             strength = self.strength(index) if callable(self.strength) else self.strength
             check_strength(strength)
@@ -325,14 +343,20 @@ class WWPGD(Optimizer):
         return clock.projected
 
     def _project(self, targets: list[Task | Skipped], strength: float) -> tuple[Outcome, ...]:
+        if self.when is not None:
+            targets = needed(targets, self.when, self.replicas)
         tasks = [target for target in targets if isinstance(target, Task)]
-        then = None if self.momentum is keep else self._change_momentum_
-        if self.replicas is None:
-            outcomes = project_all_(tasks, strength, then)
-        else:
-            outcomes = project_replicas_(tasks, strength, self.replicas, then, self._buffers)
-        done = iter(outcomes)
+        done = iter(
+            project_boundary_(
+                tasks,
+                strength,
+                momentum=self.momentum,
+                state=self.base.state,
+                replicas=self.replicas,
+            )
+        )
         results = tuple(next(done) if isinstance(t, Task) else t for t in targets)
+        self._warn_of_momentum(tasks)
         for failed in results:
             if isinstance(failed, Failed):
                 if self.strict:
@@ -340,21 +364,23 @@ class WWPGD(Optimizer):
                 self._warn_once(
                     failed.name, f"layer {failed.name} is left as it is, {failed.reason}"
                 )
-        if not any(isinstance(result, Projected) for result in results):
+        if self.when is None and not any(isinstance(result, Projected) for result in results):
             why = reasons([result for result in results if isinstance(result, Skipped)])
             self._warn_once("none", f"WWPGD projects no layer ({why})")
         return results
 
-    def _change_momentum_(self, matrix: WeightMatrix, operator: Operator) -> None:
-        if matrix.parameter is not None:
-            state = self.base.state.get(matrix.parameter, {})
-            change_momentum_(self.momentum, matrix, state, operator)
-
-    def _buffers(self, matrix: WeightMatrix) -> Sequence[Tensor]:
-        """Momentum that a projection by one rank must send to the others."""
-        if self.momentum is keep or matrix.parameter is None:
-            return ()
-        return list(momentum_buffers(matrix, self.base.state.get(matrix.parameter, {})))
+    def _warn_of_momentum(self, tasks: Sequence[Task]) -> None:
+        if self.momentum is keep or not self._clock.steps or not tasks:
+            return
+        kept = {name for state in self.base.state.values() for name in state}
+        spectral = [t for t in tasks if isinstance(t.projection, SpectralProjection)]
+        if not spectral or kept.isdisjoint(FIRST_MOMENTS) or all(sharded(t.matrix) for t in tasks):
+            self._warn_once(
+                "momentum",
+                f"momentum= changes nothing: the optimizer keeps none under "
+                f"{' or '.join(FIRST_MOMENTS)}, the projection is no SpectralProjection, or the "
+                "weights are sharded",
+            )
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._clock.warned:
@@ -370,7 +396,11 @@ def _check_clock(
         ("every_n_steps", every_n_steps),
         ("steps_per_epoch", steps_per_epoch),
     ):
-        if number is not None and number < 1:
+        if number is None and name != "every_n_epochs":
+            continue
+        if not isinstance(number, int):
+            raise TypeError(f"{name} must be a whole number, got {number!r}")
+        if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     if every_n_steps is not None and (every_n_epochs != 1 or steps_per_epoch is not None):
         raise ValueError(

@@ -24,7 +24,7 @@ from ww_train.linalg import gram
 from ww_train.matrices import Skipped, WeightMatrix, of_parameter
 from ww_train.power_law import SMALL_N, PowerLawFit, fit_power_law
 from ww_train.rounding import round_to
-from ww_train.spectrum import Array, Spectrum
+from ww_train.spectrum import EPS64, Array, Spectrum
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
 """What was done to the weights, `(rf, rows, cols)` to the same shape in float64, linear."""
@@ -133,16 +133,16 @@ class SpectralProjection(ABC):
         """
         if not 0.0 <= strength <= 1.0:
             raise ValueError(f"strength must be between 0 and 1, got {strength}")
-        matrix = _as_matrix(matrix)
-        if isinstance(matrix, Skipped):
-            return matrix
-        refusal = self.refusal(matrix)
+        found = _as_matrix(matrix)
+        if isinstance(found, Skipped):
+            return found
+        refusal = self.refusal(found)
         if refusal:
-            return Skipped(matrix.name, refusal)
-        grams = gram(matrix.stack, matrix.scale)
+            return Skipped(found.name, refusal)
+        grams = gram(found.stack, found.scale)
         if not grams.isfinite().all():
-            return Skipped(matrix.name, NOT_FINITE)
-        return self.apply_(matrix, strength, *torch.linalg.eigh(grams), then=then)
+            return Skipped(found.name, NOT_FINITE)
+        return self.apply_(found, strength, *torch.linalg.eigh(grams), then=then)
 
     def refusal(self, matrix: WeightMatrix) -> str | None:
         """Why a layer is left alone, as far as that can be known without decomposing it."""
@@ -174,13 +174,8 @@ class SpectralProjection(ABC):
         old = host[order]
         np.divide(move.evals, old, out=factors, where=(old > 0.0) & (move.evals > 0.0))
         factors[order] = np.sqrt(factors)
-        scaling = torch.from_numpy(factors).to(vectors.device).view(*evals.shape[:1], 1, -1)
-        right = (vectors * scaling) @ vectors.mT
-
-        def operator(stack: Tensor) -> Tensor:
-            stack = stack.to(torch.float64)
-            return stack @ right if stack.shape[1] >= stack.shape[2] else right @ stack
-
+        rest = float(factors[order[before.matrix_rank - 1]])
+        operator = _scaling(vectors, factors.reshape(evals.shape), rest)
         seed = zlib.crc32(host.tobytes())
         rounded = round_to(operator(matrix.stack), matrix.stack.dtype, seed)
         if not rounded.isfinite().all():
@@ -190,6 +185,29 @@ class SpectralProjection(ABC):
             then(operator)
         after = _spectrum(matrix, move.evals)
         return Projected(matrix.name, strength, move.distance, move.tail_size, before, after)
+
+
+def _scaling(vectors: Tensor, factors: Array, rest: float) -> Operator:
+    """Multiplication of singular values: `rest W + W V diag(factors - rest) Vᵀ`.
+
+    Most of a bulk is scaled by one number, so that only the vectors of the others enter the products.
+
+    Args:
+        vectors: `(rf, M, M)` singular vectors of the shorter side, as columns.
+        factors: `(rf, M)` one factor for each.
+        rest: The factor of most of them.
+    """
+    other = np.flatnonzero((np.abs(factors - rest) > 8.0 * EPS64 * rest).any(axis=0))
+    chosen = vectors[..., torch.from_numpy(other).to(vectors.device)]
+    change = torch.from_numpy(factors[:, None, other] - rest).to(vectors.device)
+
+    def operator(stack: Tensor) -> Tensor:
+        stack = stack.to(torch.float64)
+        tall = stack if stack.shape[1] >= stack.shape[2] else stack.mT
+        moved = torch.baddbmm(tall, (tall @ chosen).mul_(change), chosen.mT, beta=rest)
+        return moved if tall is stack else moved.mT
+
+    return operator
 
 
 NOT_FINITE = "NaN or infinite weights, or squares that overflow"

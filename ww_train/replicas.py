@@ -35,32 +35,55 @@ def project_replicas_(
         buffers: Whatever else `then` changes of a matrix, to be sent as well.
 
     Raises:
-        RuntimeError: On every rank, if the ranks hold different layers; nothing is sent then.
+        RuntimeError: On every rank, if the ranks hold different layers, come with different
+            strengths, or one of them has called `withdraw`; nothing is changed then.
     """
+    _agree([(t.matrix.name, _shapes(t, buffers)) for t in tasks], strength, group)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     owners = _owners(tasks, ranks)
     mine = [i for i, owner in enumerate(owners) if owner == rank]
     own = project_all_([tasks[i] for i in mine], strength, then)
-    done = {i: _portable(outcome) for i, outcome in zip(mine, own, strict=True)}
-    layers = [(t.matrix.name, tuple(t.matrix.stack.shape)) for t in tasks]
-    shares = gather((layers, done), group)
-    if any(theirs != layers for theirs, _ in shares):
+    done = {i: portable(outcome) for i, outcome in zip(mine, own, strict=True)}
+    results = {i: outcome for share in gather(done, group) for i, outcome in share.items()}
+    for i, task in enumerate(tasks):
+        if isinstance(results[i], Projected):
+            source = dist.get_global_rank(group, owners[i])
+            for tensor in (task.matrix.stack, *buffers(task.matrix)):
+                _broadcast_(tensor, source, group)
+    return [results[i] for i in range(len(tasks))]
+
+
+def withdraw(error: Exception, group: dist.ProcessGroup) -> None:
+    """Tell the ranks that wait in `project_replicas_` that this one cannot take part.
+
+    They raise RuntimeError and change nothing.
+    """
+    gather((f"rank {dist.get_rank(group)} cannot project: {error}", None), group)
+
+
+def _agree(layers: object, strength: float, group: dist.ProcessGroup) -> None:
+    """Raise on every rank, before anything is changed, unless all are about to do the same."""
+    everywhere = gather((layers, strength), group)
+    for reason, theirs in everywhere:
+        if theirs is None:
+            raise RuntimeError(reason)
+    if any(theirs != everywhere[0][0] for theirs, _ in everywhere):
         raise RuntimeError(
             "the ranks hold different layers: replicas= is for a model that every process of the "
             "group holds in full, as DistributedDataParallel does"
         )
-    results = {i: outcome for _, share in shares for i, outcome in share.items()}
-    sent: set[int] = set()
-    for i, task in enumerate(tasks):
-        if not isinstance(results[i], Projected):
-            continue
-        source = dist.get_global_rank(group, owners[i])
-        weights = task.matrix.stack if task.matrix.parameter is None else task.matrix.parameter
-        for tensor in (weights, *buffers(task.matrix)):
-            if id(tensor) not in sent:
-                sent.add(id(tensor))
-                _broadcast_(tensor, source, group)
-    return [results[i] for i in range(len(tasks))]
+    strengths = ", ".join(f"{theirs:g}" for _, theirs in everywhere)
+    if any(theirs != strength for _, theirs in everywhere):
+        raise RuntimeError(
+            f"the ranks project with different strengths ({strengths}): make the schedule depend on "
+            "what is the same on all ranks"
+        )
+
+
+def _shapes(
+    task: Task, buffers: Callable[[WeightMatrix], Sequence[Tensor]]
+) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in (task.matrix.stack, *buffers(task.matrix))]
 
 
 def _owners(tasks: Sequence[Task], ranks: int) -> list[int]:
@@ -81,7 +104,7 @@ def _broadcast_(tensor: Tensor, source: int, group: dist.ProcessGroup) -> None:
         tensor.copy_(whole)
 
 
-def _portable(outcome: Outcome) -> Outcome:
+def portable(outcome: Outcome) -> Outcome:
     """Without an exception that may not be picklable: the other ranks would wait for ever."""
     if isinstance(outcome, Failed):
         return Failed(outcome.name, outcome.reason, RuntimeError(outcome.reason))

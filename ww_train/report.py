@@ -21,25 +21,20 @@ from ww_train.erg import ErgTail
 from ww_train.localization import Localization
 from ww_train.marchenko_pastur import MPFit
 from ww_train.matrices import Skipped
-from ww_train.power_law import OVER_TRAINED, PowerLawFit
+from ww_train.power_law import PowerLawFit
 from ww_train.spectrum import Spectrum
 from ww_train.trap_causes import TrapCause
 from ww_train.traps import TrapAverage, Traps
+from ww_train.verdicts import Verdict, layer_advice, layer_verdict, model_verdict
 
 if TYPE_CHECKING:
     import pandas as pd
-
-CRITICAL_WIDTH = 0.1
-"""Half-width of "critical" around alpha = 2: the standard error of alpha with 100 eigenvalues."""
 
 SHORT_TAIL = 10
 """With fewer eigenvalues in the tail, alpha is reported with a warning."""
 
 POOR_FIT = 0.1
 """With a larger Kolmogorov-Smirnov distance a warning says that the tail is hardly a power law."""
-
-MALFORMED = 0.2
-"""With a larger one the tail is none, and alpha says nothing about the layer."""
 
 _TEXT_COLUMNS = ("name", "longname", "layer_type", "trap_causes", "status", "warning")
 
@@ -115,16 +110,18 @@ class LayerReport:
         return "; ".join(note for note in notes if note)
 
     @property
-    def verdict(self) -> str:
-        """One word: over-trained, critical, well-trained, under-trained or malformed.
+    def verdict(self) -> Verdict:
+        """One word: trapped, over-trained, under-trained, malformed, well-trained or critical.
 
-        A layer is malformed if its tail is no power law: no fit, or one with `D` above `MALFORMED`.
+        A layer is trapped if it has correlation traps, malformed if its tail is no power law; see
+        `ww_train.verdicts`.
         """
-        if not self.fit or self.fit.D > MALFORMED:
-            return "malformed"
-        if abs(self.fit.alpha - OVER_TRAINED) <= CRITICAL_WIDTH:
-            return "critical"
-        return self.fit.warning or "well-trained"
+        return layer_verdict(self.fit, self.num_traps)
+
+    @property
+    def advice(self) -> str:
+        """What the verdict means and what to do, in one line that names the layer."""
+        return layer_advice(self.name, self.fit, self.num_traps, self.trap_causes)
 
     def to_dict(self) -> Row:
         """The layer as one row with WeightWatcher's column names; optional columns if measured."""
@@ -203,6 +200,11 @@ class Report:
         ]
         rows += [f"  {layer.name}: skipped, {layer.reason}" for layer in self.skipped]
         return "\n".join([f"Report of {len(self)} layers", *rows])
+
+    @property
+    def verdict(self) -> str:
+        """The verdicts of all layers in one line: "mostly critical (7 of 9 layers); 2 trapped"."""
+        return model_verdict([layer.verdict for layer in self.layers])
 
     def scalars(self) -> dict[str, float]:
         """The report as tags and numbers for any logger; values that are None are left out.

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ww_train.linalg import BATCH_BYTES, LARGE, gram
 from ww_train.manifold_projection import ManifoldProjection
-from ww_train.matrices import Skipped, WeightMatrix
+from ww_train.matrices import Skipped, WeightMatrix, reasons
 from ww_train.projection import NOT_FINITE, Operator, Projected, Projection, SpectralProjection
 from ww_train.schedules import check_strength
 from ww_train.selection import Pattern, select
@@ -90,13 +91,9 @@ def project_all_(tasks: Sequence[Task], strength: float, then: Then | None = Non
     on_cpu = [i for i in spectral if tasks[i].matrix.stack.device.type == "cpu"]
     small = [i for i in on_cpu if tasks[i].matrix.M < LARGE]
     if len(small) > 1 and torch.get_num_threads() > 1:
-        threads = torch.get_num_threads()
-        # the number of threads is a property of each thread; new ones inherit the last one set
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            done = pool.map(lambda i: _project(tasks[i], strength, then), small)
-            results.update(zip(small, done, strict=True))
-        torch.set_num_threads(threads)
-    for batch in _batches(tasks, [i for i in spectral if i not in set(on_cpu)]):
+        done = _on_all_cores([tasks[i] for i in small], strength, then)
+        results.update(zip(small, done, strict=True))
+    for batch in _batches(tasks, sorted(set(spectral) - set(on_cpu))):
         outcomes = _project_batch([tasks[i] for i in batch], strength, then)
         results.update(zip(batch, outcomes, strict=True))
     for i, task in enumerate(tasks):
@@ -105,20 +102,36 @@ def project_all_(tasks: Sequence[Task], strength: float, then: Then | None = Non
     return [results[i] for i in range(len(tasks))]
 
 
+def _on_all_cores(tasks: Sequence[Task], strength: float, then: Then | None) -> list[Outcome]:
+    threads = torch.get_num_threads()
+    try:
+        # the number of threads is a property of each thread; new ones inherit the last one set
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(lambda task: _project(task, strength, then), tasks))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _project(task: Task, strength: float, then: Then | None) -> Outcome:
     matrix, projection = task.matrix, task.projection
+    if then is None or not isinstance(projection, SpectralProjection):
+        return _guarded(matrix, lambda: projection.project_(matrix, strength))
+    after = partial(then, matrix)
+    return _guarded(matrix, lambda: projection.project_(matrix, strength, then=after))
+
+
+@torch.no_grad()  # a property of the thread
+def _guarded(matrix: WeightMatrix, step: Callable[[], Outcome]) -> Outcome:
+    """What a step returns; if it raises, however far it came, the weights are put back."""
+    before: Tensor | None = None
     try:
-        if then is None or not isinstance(projection, SpectralProjection):
-            return projection.project_(matrix, strength)
-        with torch.no_grad():  # a property of the thread
-            return projection.project_(matrix, strength, then=lambda op: then(matrix, op))
+        before = matrix.stack.clone()
+        return step()
     except Exception as error:
-        return _failed(matrix, error)
-
-
-def _failed(matrix: WeightMatrix, error: Exception) -> Failed:
-    reason = f"the projection failed: {type(error).__name__}: {error}"
-    return Failed(matrix.name, reason, error)
+        if before is not None:
+            matrix.stack.copy_(before)
+        reason = f"the projection failed: {type(error).__name__}: {error}"
+        return Failed(matrix.name, reason, error)
 
 
 def _batches(tasks: Sequence[Task], chosen: Sequence[int]) -> Iterator[list[int]]:
@@ -141,29 +154,38 @@ def _batches(tasks: Sequence[Task], chosen: Sequence[int]) -> Iterator[list[int]
 
 def _project_batch(tasks: Sequence[Task], strength: float, then: Then | None) -> list[Outcome]:
     """Decompose together; if that fails, one by one, so that one bad layer spoils only itself."""
-    results: dict[int, Outcome] = {}
-    grams: list[tuple[int, Tensor]] = []
+    try:
+        results, ready = _decomposed(tasks)
+    except Exception:  # no convergence, no memory, or a projection of one's own
+        return [_project(task, strength, then) for task in tasks]
+    for i, (evals, vectors) in ready.items():
+        results[i] = _apply(tasks[i], strength, evals, vectors, then)
+    return [results[i] for i in range(len(tasks))]
+
+
+def _decomposed(
+    tasks: Sequence[Task],
+) -> tuple[dict[int, Outcome], dict[int, tuple[Tensor, Tensor]]]:
+    """Which are skipped, and eigenvalues, on the host, and vectors of the others."""
+    skipped: dict[int, Outcome] = {}
+    grams: dict[int, Tensor] = {}
     for i, task in enumerate(tasks):
         assert isinstance(task.projection, SpectralProjection)
-        refusal = task.projection.refusal(task.matrix)
-        if refusal:
-            results[i] = Skipped(task.matrix.name, refusal)
-            continue
-        grams.append((i, gram(task.matrix.stack, task.matrix.scale)))
-    finite = torch.stack([g.isfinite().all() for _, g in grams]).tolist() if grams else []
-    for (i, _), ok in zip(grams, finite, strict=True):
-        if not ok:
-            results[i] = Skipped(tasks[i].matrix.name, NOT_FINITE)
-    grams = [pair for pair, ok in zip(grams, finite, strict=True) if ok]
-    try:
-        evals, vectors = torch.linalg.eigh(torch.cat([g for _, g in grams]))
-        host = evals.cpu()
-    except RuntimeError:  # no convergence, no memory, or nothing to do
-        return [results.get(i) or _project(task, strength, then) for i, task in enumerate(tasks)]
-    sizes = [len(g) for _, g in grams]
-    for (i, _), e, v in zip(grams, host.split(sizes), vectors.split(sizes), strict=True):
-        results[i] = _apply(tasks[i], strength, e, v, then)
-    return [results[i] for i in range(len(tasks))]
+        if refusal := task.projection.refusal(task.matrix):
+            skipped[i] = Skipped(task.matrix.name, refusal)
+        else:
+            grams[i] = gram(task.matrix.stack, task.matrix.scale)
+    if grams:  # one synchronisation for all
+        finite = torch.stack([g.isfinite().all() for g in grams.values()]).tolist()
+        for i in [i for i, ok in zip(grams, finite, strict=True) if not ok]:
+            del grams[i]
+            skipped[i] = Skipped(tasks[i].matrix.name, NOT_FINITE)
+    if not grams:
+        return skipped, {}
+    evals, vectors = torch.linalg.eigh(torch.cat(list(grams.values())))
+    sizes = [len(g) for g in grams.values()]
+    pairs = zip(evals.cpu().split(sizes), vectors.split(sizes), strict=True)
+    return skipped, dict(zip(grams, pairs, strict=True))
 
 
 def _apply(
@@ -171,11 +193,8 @@ def _apply(
 ) -> Outcome:
     matrix, projection = task.matrix, task.projection
     assert isinstance(projection, SpectralProjection)
-    after = None if then is None else (lambda operator: then(matrix, operator))
-    try:
-        return projection.apply_(matrix, strength, evals, vectors, then=after)
-    except Exception as error:
-        return _failed(matrix, error)
+    apply_, after = projection.apply_, None if then is None else partial(then, matrix)
+    return _guarded(matrix, lambda: apply_(matrix, strength, evals, vectors, then=after))
 
 
 def project_(
@@ -189,7 +208,8 @@ def project_(
     """Project a model once, in place, without an optimizer.
 
     A finished model pays for a hard projection with accuracy; during training let `WWPGD` raise the
-    strength slowly instead. A warning says so.
+    strength slowly instead. A warning says so; others name layers that failed, or say why there was
+    none to project.
 
     Args:
         model: Its matrices are the targets of `WWPGD`: no embeddings, norms, LoRA factors.
@@ -202,11 +222,14 @@ def project_(
         What was done to each layer, or why not.
 
     Raises:
+        TypeError: If model is not a module.
         ValueError: If strength is not in 0..1 or a pattern matches no layer.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
     check_strength(strength)
     targets = chosen(projection_targets(None, model), include, exclude)
-    tasks = assign(targets, projection or ManifoldProjection())
+    tasks = assign(targets, ManifoldProjection() if projection is None else projection)
     if strength > MILD:
         warnings.warn(
             f"a projection of strength {strength:g} costs a finished model accuracy; measure it, or "
@@ -214,7 +237,14 @@ def project_(
             stacklevel=2,
         )
     done = iter(project_all_([task for task in tasks if isinstance(task, Task)], strength))
-    return tuple(next(done) if isinstance(task, Task) else task for task in tasks)
+    results = tuple(next(done) if isinstance(task, Task) else task for task in tasks)
+    failed = [result for result in results if isinstance(result, Failed)]
+    for layer in failed:
+        warnings.warn(f"layer {layer.name} is left as it is, {layer.reason}", stacklevel=2)
+    if not failed and not any(isinstance(result, Projected) for result in results):
+        why = reasons([result for result in results if isinstance(result, Skipped)])
+        warnings.warn(f"no layer is projected ({why})", stacklevel=2)
+    return results
 
 
 MILD = 0.1

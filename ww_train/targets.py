@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ww_train.matrices import (
     weight_matrices,
 )
 from ww_train.selection import Layers, select
+from ww_train.weight_matrix import sharded
 
 Choice: TypeAlias = "Layers | Callable[[WeightMatrix], bool]"
 """Layers by name, glob, regular expression or position (`ww_train.selection`), or by a predicate."""
@@ -62,6 +63,8 @@ def _flags(
         return [default] * len(targets)
     if callable(choice):
         return [isinstance(t, WeightMatrix) and bool(choice(t)) for t in targets]
+    if not isinstance(choice, str) and isinstance(choice, Sized) and not len(choice):
+        return [False] * len(targets)  # an empty list names no layer, though `select` says all
     return select([(target.name, "") for target in targets], choice)
 
 
@@ -91,7 +94,7 @@ def projection_targets(
     for matrix in weight_matrices(model):
         if isinstance(matrix, Skipped):
             yield matrix
-        elif matrix.read_only:
+        elif matrix.read_only and not sharded(matrix):
             yield Skipped(matrix.name, matrix.read_only)
         elif matrix.layer_type == "embedding":
             yield Skipped(matrix.name, "an embedding, or tied to one")
@@ -142,7 +145,10 @@ def refuse_flattened(param_groups: Sequence[dict[str, Any]]) -> None:
         RuntimeError: For FullyShardedDataParallel outside `summon_full_params`, and DeepSpeed.
     """
     parameters = [p for group in param_groups for p in group["params"]]
-    if any(hasattr(p, "_fsdp_flattened") and p.ndim < 2 for p in parameters):
+    sharded = [p for p in parameters if hasattr(p, "_fsdp_flattened")]
+    if sharded and not any(
+        p.ndim > 1 for p in sharded
+    ):  # biases have one dimension, summoned or not
         raise RuntimeError(
             "FullyShardedDataParallel has flattened the parameters: use fully_shard (FSDP2) instead, "
             "or wrap the model with use_orig_params=True and call end_epoch() inside "

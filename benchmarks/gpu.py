@@ -1,0 +1,206 @@
+"""Everything that is claimed of a GPU, in one command: correctness first, then the tables.
+
+Each metric is compared with the CPU's float64; then full reports and projections of model-sized sets
+of layers are timed, training is run with the monitor on and off, and the Gram product and the
+eigensolve are set against the limits of the device (peak float64 rate and memory bandwidth, to be
+given for devices that are not in `PEAKS`). Every timing ends with a synchronisation.
+
+    python benchmarks/gpu.py                 # all of it, on cuda
+    python benchmarks/gpu.py --device cpu --small   # the same code on small shapes, to try it out
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from claims import skip, verdict
+from torch import Tensor, nn
+
+from ww_train import WWPGD, Report, measure
+from ww_train.callbacks.monitor import SpectralMonitor
+from ww_train.linalg import gram, symmetric_eigenvalues
+from ww_train.steering import Task, project_all_
+
+PEAKS = {"H100": (67e12, 3.35e12), "H200": (67e12, 4.8e12), "A100": (19.5e12, 2.0e12)}
+"""Float64 operations (tensor cores) and bytes a second, by the vendor's data sheets."""
+
+LLAMA_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+"""The matrices of one of the 32 blocks of a model with 7 billion parameters."""
+
+GPT2 = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
+"""The matrices of one of the 12 blocks of GPT-2."""
+
+
+def weights(shapes: list[tuple[int, int]], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Heavy-tailed matrices: Gaussian, with singular values spread over two decades."""
+    generator = torch.Generator(device).manual_seed(0)
+    state = {}
+    for i, (rows, cols) in enumerate(shapes):
+        scale = torch.logspace(0, -2, cols, device=device)
+        noise = torch.randn(rows, cols, generator=generator, device=device) / cols**0.5
+        state[f"layer{i}.weight"] = (noise * scale).to(dtype)
+    return state
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object], device: str, repeats: int = 3) -> float:
+    """Median time of a call after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        started = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def largest_difference(a: Report, b: Report) -> tuple[float, str]:
+    """Largest relative difference of any number in two reports, and where it is."""
+    worst, where = 0.0, ""
+    for x, y in zip(a, b, strict=True):
+        other = y.to_dict()
+        for column, value in x.to_dict().items():
+            if isinstance(value, float) and isinstance(other[column], float):
+                off = abs(value - other[column]) / max(abs(value), abs(other[column]), 1e-300)
+                if off > worst:
+                    worst, where = off, f"{column} of {x.name}"
+    return worst, where
+
+
+def correctness(device: str, small: bool) -> None:
+    """Every metric on the device against the CPU, without traps: generators differ by device."""
+    sizes = [(64, 64), (300, 100), (100, 300), (512, 512), (1024, 768)]
+    sizes += [] if small else [(2048, 2048), (4096, 4096)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        state = weights(sizes, dtype, device)
+        here = measure(state, mp_fit=True)
+        there = measure({k: v.cpu() for k, v in state.items()}, mp_fit=True)
+        worst, where = largest_difference(here, there)
+        verdict(
+            f"every metric within 1e-6 of the CPU, {dtype}", worst < 1e-6, f"{worst:.1e} {where}"
+        )
+
+
+def reports(device: str, small: bool) -> None:
+    """Full reports (ERG, traps) of model-sized sets of layers."""
+    gpt2 = weights(GPT2 * (1 if small else 12), torch.float32, device)
+    taken = seconds(lambda: measure(gpt2, randomize=True), device)
+    verdict("GPT-2 124M, full report, at most 1 s", taken <= 1.0, f"{taken:.2f} s")
+    if small:
+        return
+    llama = weights(LLAMA_7B * 32, torch.bfloat16, device)
+    taken = seconds(lambda: measure(llama, randomize=True), device, repeats=1)
+    verdict("224 matrices of a 7B model, full report, at most 30 s", taken <= 30, f"{taken:.1f} s")
+
+
+def projections(device: str, small: bool) -> None:
+    """One boundary of `WWPGD` on the same shapes."""
+    for name, shapes, dtype in (
+        ("GPT-2 124M", GPT2 * (1 if small else 12), torch.float32),
+        ("one block of a 7B model", [] if small else LLAMA_7B, torch.bfloat16),
+    ):
+        model = nn.ModuleList(
+            nn.Linear(cols, rows, bias=False, device=device, dtype=dtype) for rows, cols in shapes
+        )
+        if not len(model):
+            continue
+        optimizer = WWPGD(torch.optim.SGD(model.parameters()), model=model, strict=True)
+        tasks = [task for task in optimizer.targets() if isinstance(task, Task)]
+        taken = seconds(lambda tasks=tasks: project_all_(tasks, 0.5), device, repeats=2)
+        print(f"projection of {name}: {taken:.2f} s for {len(tasks)} layers")
+
+
+def overhead(device: str, small: bool) -> None:
+    """Steps of a small transformer with the monitor (default budget) and without."""
+    width, blocks, steps = (128, 2, 60) if small else (1024, 12, 600)
+
+    def run(watch: bool) -> float:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(width, 8, 4 * width, batch_first=True, dropout=0.0)
+        model = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        monitor = SpectralMonitor(model, optimizer)
+        x = torch.randn(16, 128, width, device=device)
+        synchronize(device)
+        started = time.perf_counter()
+        for step in range(1, steps + 1):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            if watch and step % (steps // 6) == 0:
+                monitor.epoch_end()
+        synchronize(device)
+        return time.perf_counter() - started
+
+    run(False)
+    off, on = run(False), run(True)
+    verdict("monitor's overhead at most 1 %", on / off - 1 <= 0.01, f"{100 * (on / off - 1):.1f} %")
+
+
+def kernels(device: str, small: bool, peak: tuple[float, float] | None) -> None:
+    """Achieved rates of the Gram product and the eigensolve, as fractions of the limits."""
+    print(
+        f"{'M':>6}{'batch':>7}{'Gram TFLOP/s':>14}{'of peak':>9}{'eigh ms each':>14}{'GFLOP/s':>9}"
+    )
+    for M, batch in (
+        ((256, 16), (512, 8)) if small else ((512, 64), (1024, 32), (2048, 8), (4096, 4))
+    ):
+        stack = torch.randn(batch, M, M, device=device)
+        product = seconds(lambda s=stack: gram(s), device)
+        grams = gram(stack)
+        solve = seconds(lambda g=grams: symmetric_eigenvalues(g), device)
+        rate = 2.0 * batch * M**3 / product
+        share = f"{rate / peak[0]:9.0%}" if peak else f"{'-':>9}"
+        print(
+            f"{M:6d}{batch:7d}{rate / 1e12:14.2f}{share}{1e3 * solve / batch:14.2f}"
+            f"{4 / 3 * batch * M**3 / solve / 1e9:9.0f}"
+        )
+
+
+def peer_ratio(device: str, small: bool) -> None:
+    """The same layers by weightwatcher on this machine's CPU."""
+    try:
+        from peer import peer, peer_analyze
+
+        peer()
+    except ModuleNotFoundError as error:
+        print(f"SKIP  {error}")
+        return
+    state = weights(GPT2 * (1 if small else 12), torch.float32, device)
+    host = {k: v.cpu() for k, v in state.items()}
+    ours = seconds(lambda: measure(state), device)
+    theirs = seconds(lambda: peer_analyze(host), "cpu", repeats=1)
+    ratio = f"{theirs / ours:.0f} times faster"
+    print(f"GPT-2 124M, default: {ours:.2f} s, weightwatcher on the CPU {theirs:.1f} s, {ratio}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="small shapes, a minute on a laptop")
+    parser.add_argument("--peak-flops", type=float, help="float64 operations a second")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        skip("no CUDA device; --device cpu --small tries the code")
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    known = next((limits for key, limits in PEAKS.items() if key in name), None)
+    peak = (args.peak_flops, 0.0) if args.peak_flops else known
+    print(f"{name}, torch {torch.__version__}\n")
+    for part in (correctness, reports, projections, overhead, peer_ratio):
+        part(args.device, args.small)
+    kernels(args.device, args.small, peak)
+
+
+if __name__ == "__main__":
+    main()

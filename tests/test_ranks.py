@@ -1,0 +1,63 @@
+import itertools
+from collections import Counter
+
+import pytest
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ww_train.ranks import deal, gather
+
+from .oracles import quick
+
+
+def heaviest(costs, owners, ranks):
+    loads = [0.0] * ranks
+    for cost, owner in zip(costs, owners, strict=True):
+        loads[owner] += cost
+    return max(loads)
+
+
+@quick
+@given(st.lists(st.floats(0, 1e12), max_size=40), st.integers(1, 9))
+def test_every_piece_has_one_owner(costs, ranks):
+    owners = deal(costs, ranks)
+    assert len(owners) == len(costs)
+    assert set(owners) <= set(range(ranks))
+    assert deal(costs, ranks) == owners
+
+
+@quick
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(1, 3))
+def test_the_longest_rank_is_at_most_a_third_longer_than_it_must_be(costs, ranks):
+    every_way = itertools.product(range(ranks), repeat=len(costs))
+    best = min(heaviest(costs, owners, ranks) for owners in every_way)
+    assert heaviest(costs, deal(costs, ranks), ranks) <= 4 / 3 * best + 1e-9
+
+
+@quick
+@given(st.integers(0, 30), st.integers(1, 9))
+def test_equal_pieces_are_dealt_evenly(pieces, ranks):
+    counts = Counter(deal([7.0] * pieces, ranks))
+    each = [counts[rank] for rank in range(ranks)]
+    assert max(each) - min(each) <= 1
+
+
+def test_a_heavy_piece_stands_alone():
+    owners = deal([1, 1, 100, 1, 1], 2)
+    assert [owner == owners[2] for owner in owners] == [False, False, True, False, False]
+
+
+def test_nothing_to_deal():
+    assert deal([], 3) == []
+
+
+def test_gather_in_a_group_of_one(tmp_path):
+    if dist.is_initialized():
+        pytest.skip("needs that nobody else has made a process group")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert gather({"a": (1, None)}, dist.group.WORLD) == [{"a": (1, None)}]
+    finally:
+        dist.destroy_process_group()

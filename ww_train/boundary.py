@@ -1,0 +1,100 @@
+"""What happens at one boundary: which layers need it, and the projection of them wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ww_train.analysis import measure
+from ww_train.matrices import Skipped, WeightMatrix
+from ww_train.momentum import Momentum, change_momentum_, keep, momentum_buffers
+from ww_train.projection import Operator
+from ww_train.ranks import gather
+from ww_train.replicas import project_replicas_
+from ww_train.report import LayerReport
+from ww_train.shards import project_shards_
+from ww_train.steering import Outcome, Task, Then, project_all_
+from ww_train.weight_matrix import sharded
+
+Need: TypeAlias = Callable[[LayerReport], bool]
+"""Whether a layer needs a projection, such as `lambda layer: layer.alpha < 2 or layer.num_traps`."""
+
+
+def needed(
+    targets: Sequence[Task | Skipped], when: Need, group: dist.ProcessGroup | None = None
+) -> list[Task | Skipped]:
+    """Measure the targets, traps included, and skip those that need nothing.
+
+    Args:
+        targets: The same on every rank of the group.
+        when: A predicate on the layer's report. A layer that cannot be measured is skipped.
+        group: The ranks that must agree; the first one's answer holds.
+
+    Cost: that of `measure(..., randomize=True)`.
+    """
+    matrices = [target.matrix for target in targets if isinstance(target, Task)]
+    report = measure(matrices, randomize=True, min_evals=1, max_evals=None)
+    reasons = {layer.name: layer.reason for layer in report.skipped}
+    reasons |= {layer.name: "when= says no" for layer in report if not when(layer)}
+    if group is not None:
+        reasons = gather(reasons, group)[0]
+    return [
+        Skipped(target.matrix.name, reasons[target.matrix.name])
+        if isinstance(target, Task) and target.matrix.name in reasons
+        else target
+        for target in targets
+    ]
+
+
+def project_boundary_(
+    tasks: Sequence[Task],
+    strength: float,
+    *,
+    momentum: Momentum = keep,
+    state: Mapping[Tensor, Any] | None = None,
+    replicas: dist.ProcessGroup | None = None,
+) -> list[Outcome]:
+    """Project every task once: here, dealt to the ranks that hold replicas, or gathered from shards.
+
+    Args:
+        tasks: What to project and how.
+        strength: 0 (stay) to 1 (arrive).
+        momentum: What becomes of the momentum; that of sharded weights is kept.
+        state: The optimizer's state, by parameter.
+        replicas: The group over which the model is replicated.
+    """
+    buffers = _Momentum(momentum, state or {})
+    then: Then | None = None if momentum is keep else buffers.change_
+    whole = [i for i, task in enumerate(tasks) if not sharded(task.matrix)]
+    parts = [i for i, task in enumerate(tasks) if sharded(task.matrix)]
+    here = [tasks[i] for i in whole]
+    if replicas is None:
+        done = project_all_(here, strength, then)
+    else:
+        done = project_replicas_(here, strength, replicas, then, buffers.of)
+    results = dict(zip(whole, done, strict=True))
+    if parts:
+        done = project_shards_([tasks[i] for i in parts], strength)
+        results |= dict(zip(parts, done, strict=True))
+    return [results[i] for i in range(len(tasks))]
+
+
+class _Momentum:
+    """An optimizer's momentum and what a projection does to it."""
+
+    def __init__(self, policy: Momentum, state: Mapping[Tensor, Any]) -> None:
+        self.policy = policy
+        self.state = state
+
+    def change_(self, matrix: WeightMatrix, operator: Operator) -> None:
+        if matrix.parameter is not None:
+            change_momentum_(self.policy, matrix, self.state.get(matrix.parameter, {}), operator)
+
+    def of(self, matrix: WeightMatrix) -> Sequence[Tensor]:
+        """The buffers that `change_` writes to."""
+        if self.policy is keep or matrix.parameter is None:
+            return ()
+        return list(momentum_buffers(matrix, self.state.get(matrix.parameter, {})))
