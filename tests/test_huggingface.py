@@ -25,11 +25,15 @@ from transformers import (  # noqa: E402
 from transformers.integrations import TensorBoardCallback  # noqa: E402
 
 from ww_train import WWPGD, ManifoldProjection, Ramp, measure  # noqa: E402
+from ww_train.callbacks.early_stopping import alpha_below  # noqa: E402
 from ww_train.callbacks.huggingface import WeightWatcherCallback, WWPGDFactory  # noqa: E402
 from ww_train.callbacks.monitor import find_wwpgd  # noqa: E402
 
+from .processes import run_ranks  # noqa: E402
+
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 BATCH, STEPS = 2, 3  # steps in an epoch
+COST = {"ww/overhead"}  # known as soon as there was a step
 SUMMARIES = {
     "ww/num_layers",
     "ww/alpha_mean",
@@ -39,6 +43,7 @@ SUMMARIES = {
     "ww/trace_log_mean",
     "ww/traps_total",
     "ww/seconds",
+    "ww/num_measured",
 }
 BLOCK = "model.layers.0"
 LINEAR = {
@@ -58,6 +63,7 @@ pytestmark = [
         "`is_gradient_checkpointing` is deprecated",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
         ".*lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)",
+        "the trainer reports to nothing",
     )
 ]
 
@@ -163,7 +169,8 @@ def column(watcher, key):
 
 
 def without_seconds(history):
-    return [{k: v for k, v in record.items() if k != "ww/seconds"} for record in history]
+    cost = ("ww/seconds", "ww/overhead")
+    return [{k: v for k, v in record.items() if k not in cost} for record in history]
 
 
 def losses(trainer):
@@ -195,6 +202,11 @@ def evaluations():
 # Reporters and the log
 
 
+def watching(**options):
+    """The callback without a budget: on a loaded machine even tiny measurements may not fit in."""
+    return WeightWatcherCallback(**{"budget": None, **options})
+
+
 def events(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -217,20 +229,20 @@ def board(tmp_path, monkeypatch):
 @pytest.mark.parametrize("attached", [False, True])
 def test_tensorboard_has_every_tag_at_the_step_of_the_evaluation(tmp_path, board, attached):
     settings, folder = board
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     trainer = make_trainer(tmp_path, watcher, eval_strategy="epoch", **settings)
     if attached:
         assert watcher.attach(trainer) is watcher
     trainer.train()
     scalars = events(folder)
-    assert {tag for tag in scalars if "ww" in tag} == SUMMARIES | LAYERS | PROJECTION
+    assert {tag for tag in scalars if "ww" in tag} == SUMMARIES | LAYERS | PROJECTION | COST
     evaluated = [event.step for event in scalars["eval/loss"]]
     assert evaluated == [3, 6]
     for tag in SUMMARIES | LAYERS:
         assert [event.step for event in scalars[tag]] == [0, *evaluated]
         written = [event.value for event in scalars[tag]]
         assert written == pytest.approx(column(watcher, tag), rel=1e-6)
-    for tag in PROJECTION:
+    for tag in PROJECTION | COST:
         assert [event.step for event in scalars[tag]] == evaluated
     assert [event.step for event in scalars["train/loss"]] == evaluated
     assert len(list(folder.rglob("events.out.tfevents.*"))) == 1
@@ -238,35 +250,37 @@ def test_tensorboard_has_every_tag_at_the_step_of_the_evaluation(tmp_path, board
 
 def test_a_tensorboard_added_after_the_callback_has_the_same_tags(tmp_path, board):
     settings, folder = board
-    trainer = make_trainer(tmp_path, WeightWatcherCallback(), **{**settings, "report_to": "none"})
+    trainer = make_trainer(tmp_path, watching(), **{**settings, "report_to": "none"})
     trainer.add_callback(TensorBoardCallback())
     trainer.train()
     scalars = events(folder)
-    assert {tag for tag in scalars if "ww" in tag} == SUMMARIES | LAYERS | PROJECTION
+    assert {tag for tag in scalars if "ww" in tag} == SUMMARIES | LAYERS | PROJECTION | COST
     assert [event.step for event in scalars["ww/alpha_mean"]] == [0, 3, 6]
 
 
 def test_a_framework_that_calls_callbacks_itself_needs_attach(tmp_path):
     """Without a calling handler in sight only an attached callback knows the reporters."""
     for attached in (False, True):
-        watcher, reporter = WeightWatcherCallback(), Probe("on_log", lambda logs, **_: logs)
+        watcher, reporter = watching(), Probe("on_log", lambda logs, **_: logs)
         trainer = make_trainer(tmp_path, watcher, reporter)
         if attached:
             watcher.attach(trainer)
-        watcher.on_epoch_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        event = trainer.args, trainer.state, trainer.control
+        watcher.on_train_begin(*event, model=trainer.model)
+        watcher.on_epoch_begin(*event, model=trainer.model)
         assert len(watcher.history) == len(rows(trainer)) == 1
         assert len(reporter.seen) == attached
 
 
 def test_without_a_wwpgd_there_is_nothing_about_projections(tmp_path, board):
     settings, folder = board
-    train(tmp_path, WeightWatcherCallback(), strength=None, **settings)
-    assert {tag for tag in events(folder) if "ww" in tag} == SUMMARIES | LAYERS
+    train(tmp_path, watching(), strength=None, **settings)
+    assert {tag for tag in events(folder) if "ww" in tag} == SUMMARIES | LAYERS | COST
 
 
 def test_every_other_reporter_gets_the_same_numbers(tmp_path):
     first, last = (Probe("on_log", lambda logs, **_: dict(logs)) for _ in range(2))
-    watcher = WeightWatcherCallback(randomize=False)
+    watcher = watching(randomize=False)
     train(tmp_path, first, watcher, last)
     for reporter in (first, last):
         ours = [logs for logs in reporter.seen if "ww/alpha_mean" in logs]
@@ -279,7 +293,7 @@ def test_every_other_reporter_gets_the_same_numbers(tmp_path):
 
 
 def test_the_console_does_not_get_a_line_for_every_layer(tmp_path, capsys):
-    train(tmp_path, WeightWatcherCallback())
+    train(tmp_path, watching())
     printed = capsys.readouterr().out
     assert "loss" in printed
     assert "ww" not in printed
@@ -291,7 +305,7 @@ def test_the_log_holds_plain_summaries_and_no_row_of_the_loss_is_lost(tmp_path):
         ({"logging_strategy": "steps", "logging_steps": 1}, [1, 2, 3, 4, 5, 6]),
         ({"logging_strategy": "steps", "logging_steps": 2}, [2, 4, 6]),
     ):
-        watcher = WeightWatcherCallback()
+        watcher = watching()
         bare = train(tmp_path, strength=0.0, **settings)
         watched = train(tmp_path, watcher, strength=0.0, **settings)
         assert losses(watched) == losses(bare)
@@ -304,29 +318,34 @@ def test_the_log_holds_plain_summaries_and_no_row_of_the_loss_is_lost(tmp_path):
 
 
 def test_the_state_is_plain_json(tmp_path):
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     trainer = train(tmp_path, watcher, save_strategy="epoch")
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
-    assert state["stateful_callbacks"]["WeightWatcherCallback"] == {
-        "args": {"randomize": True, "seed": 0, "every_n_epochs": 1},
-        "attributes": {"history": watcher.history, "last_step": 6},
-    }
+    kept = state["stateful_callbacks"]["WeightWatcherCallback"]
+    assert kept["args"] == watcher.monitor.settings
+    assert kept["args"]["randomize"] is True
+    assert kept["attributes"]["last_step"] == 6
+    assert kept["attributes"]["watched"]["history"] == watcher.history
     assert [row for row in state["log_history"] if "ww/alpha_mean" in row] == rows(trainer)
     trainer.state.save_to_json(str(tmp_path / "state.json"))
 
 
 def test_the_history(tmp_path):
-    watcher, model = WeightWatcherCallback(), llama()
+    watcher, model = watching(), llama()
     start = measure(llama(), randomize=True).scalars()
     train(tmp_path, watcher, model=model)
     assert start.items() <= watcher.history[0].items()
     assert column(watcher, "epoch") == [0.0, 1.0, 2.0]
     assert column(watcher, "step") == [0.0, 3.0, 6.0]
     assert watcher.history[0].keys() == SUMMARIES | LAYERS | {"epoch", "step"}
-    assert watcher.history[1].keys() == SUMMARIES | LAYERS | PROJECTION | {"epoch", "step"}
+    assert watcher.history[1].keys() == SUMMARIES | LAYERS | PROJECTION | COST | {
+        "epoch",
+        "step",
+    }
     last = measure(model, randomize=True).scalars()
-    assert last.items() <= watcher.history[-1].items()
-    assert watcher.report["lm_head"].alpha == last["ww_alpha/lm_head"]
+    recorded = {tag: watcher.history[-1][tag] for tag in last}
+    assert recorded == pytest.approx(last, rel=1e-5, abs=1e-5)
+    assert watcher.report["lm_head"].alpha == watcher.history[-1]["ww_alpha/lm_head"]
 
 
 @pytest.mark.parametrize("event", ["on_epoch_begin", "on_step_end", "on_epoch_end"])
@@ -336,7 +355,7 @@ def test_the_flags_of_the_trainer_are_left_alone(tmp_path, event, flag):
         for name in vars(control):
             setattr(control, name, not flag)
 
-    watcher, meddler = WeightWatcherCallback(), Probe("on_log", meddle)
+    watcher, meddler = watching(), Probe("on_log", meddle)
     trainer = make_trainer(tmp_path)
     trainer.callback_handler.callbacks = [watcher, meddler]
     trainer.state.epoch, trainer.state.global_step = 1.0, 0 if event == "on_epoch_begin" else 3
@@ -344,7 +363,8 @@ def test_the_flags_of_the_trainer_are_left_alone(tmp_path, event, flag):
     for name in vars(control):
         setattr(control, name, flag)
     before = dict(vars(control))
-    trainer.callback_handler.call_event(event, trainer.args, trainer.state, control)
+    for name in ("on_train_begin", event):
+        trainer.callback_handler.call_event(name, trainer.args, trainer.state, control)
     assert len(meddler.seen) == 1
     assert vars(control) == before
 
@@ -366,7 +386,7 @@ def saving(kind):
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_evaluations_and_checkpoints_see_projected_weights(tmp_path, kind):
     evaluation = evaluations()
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     trainer = train(tmp_path, watcher, evaluation, **saving(kind))
     assert evaluation.seen == [True, True]
     for epochs in (1, 2):
@@ -381,14 +401,14 @@ def test_evaluations_and_checkpoints_see_projected_weights(tmp_path, kind):
 def test_an_evaluation_within_an_epoch_sees_weights_that_are_not_due_yet(tmp_path):
     evaluation = evaluations()
     options = {"num_train_epochs": 1, "eval_strategy": "steps", "eval_steps": 1}
-    train(tmp_path, WeightWatcherCallback(), evaluation, **options)
+    train(tmp_path, watching(), evaluation, **options)
     assert evaluation.seen == [False, False, True]
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_resuming_is_bitwise(tmp_path, kind):
     options = {"strength": Ramp(4), "num_train_epochs": 4, **saving(kind)}
-    first, second = WeightWatcherCallback(), WeightWatcherCallback()
+    first, second = watching(), watching()
     one = train(tmp_path, first, **options)
     two = train(tmp_path, second, resume=str(tmp_path / "checkpoint-6"), **options)
     assert same(one.model, two.model)
@@ -402,7 +422,7 @@ def test_resuming_is_bitwise(tmp_path, kind):
 @pytest.mark.skipif(VERSION < (5,), reason="Transformers 4.57 does not with a bare AdamW either")
 def test_resuming_in_the_middle_of_an_epoch_is_bitwise(tmp_path):
     options = {"strength": Ramp(2), "save_strategy": "steps", "save_steps": 4}
-    first, second = WeightWatcherCallback(), WeightWatcherCallback()
+    first, second = watching(), watching()
     one = train(tmp_path, first, **options)
     two = train(tmp_path, second, resume=str(tmp_path / "checkpoint-4"), **options)
     assert same(one.model, two.model)
@@ -412,16 +432,18 @@ def test_resuming_in_the_middle_of_an_epoch_is_bitwise(tmp_path):
 
 def test_resuming_with_a_callback_that_the_checkpoint_does_not_know(tmp_path):
     train(tmp_path, save_strategy="epoch")
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     folder = str(tmp_path / "checkpoint-3")
-    trainer = train(tmp_path, watcher, resume=folder, save_strategy="epoch")
-    assert column(watcher, "epoch") == [2.0]
+    with pytest.warns(UserWarning, match="watched from step 3 on") as caught:
+        trainer = train(tmp_path, watcher, resume=folder, save_strategy="epoch")
+    assert len([w for w in caught if "watched from" in str(w.message)]) == 1
+    assert column(watcher, "epoch") == [1.0, 2.0]
     assert projected(trainer.model)
 
 
 def test_resuming_at_the_end_does_nothing(tmp_path):
-    train(tmp_path, WeightWatcherCallback(), save_strategy="epoch")
-    watcher = WeightWatcherCallback()
+    train(tmp_path, watching(), save_strategy="epoch")
+    watcher = watching()
     trainer = train(tmp_path, watcher, resume=str(tmp_path / "checkpoint-6"))
     assert column(watcher, "epoch") == [0.0, 1.0, 2.0]
     assert clock(trainer) == {"steps": 6, "epochs": 2, "boundary": 6}
@@ -429,7 +451,7 @@ def test_resuming_at_the_end_does_nothing(tmp_path):
 
 def test_the_trainer_may_replace_the_callback_by_a_restored_one(tmp_path):
     options = {"save_strategy": "epoch", "num_train_epochs": 3}
-    first, second = WeightWatcherCallback(seed=3), WeightWatcherCallback()
+    first, second = watching(seed=3), watching()
     train(tmp_path, first, **options)
     trainer = train(
         tmp_path,
@@ -440,7 +462,7 @@ def test_the_trainer_may_replace_the_callback_by_a_restored_one(tmp_path):
     )
     (used,) = [c for c in trainer.callback_handler.callbacks if type(c) is type(second)]
     assert used is not second
-    assert used.monitor.seed == 3
+    assert used.monitor.survey.seed == 3
     assert without_seconds(used.history) == without_seconds(first.history)
     assert without_seconds(rows(trainer))[-1].items() <= used.history[-1].items()
 
@@ -451,7 +473,7 @@ def test_the_trainer_may_replace_the_callback_by_a_restored_one(tmp_path):
 @pytest.mark.parametrize("kind", STRATEGIES)
 @pytest.mark.parametrize("every", [1, 2])
 def test_the_best_checkpoint_is_chosen_by_the_value_of_its_own_weights(tmp_path, kind, every):
-    watcher = WeightWatcherCallback(every_n_epochs=every)
+    watcher = watching(every_n_epochs=every)
     trainer = train(
         tmp_path,
         watcher,
@@ -472,7 +494,7 @@ def test_the_best_checkpoint_is_chosen_by_the_value_of_its_own_weights(tmp_path,
 
 
 def test_early_stopping_sees_the_value_of_its_epoch(tmp_path):
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     stop = EarlyStoppingCallback(early_stopping_patience=1)
     trainer = train(
         tmp_path,
@@ -490,7 +512,7 @@ def test_early_stopping_sees_the_value_of_its_epoch(tmp_path):
 
 
 def test_an_evaluation_after_the_training_says_nothing_of_weights_it_did_not_measure(tmp_path):
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     metrics = Probe("on_evaluate", lambda metrics, **_: dict(metrics))
     trainer = train(tmp_path, watcher, metrics, eval_strategy="epoch")
     expected = column(watcher, "ww/alpha_mean")[1:]
@@ -520,7 +542,7 @@ def assert_second_epoch_was_cut_short(watcher, trainer, step):
     ],
 )
 def test_an_epoch_that_ends_early_is_measured_but_not_projected(tmp_path, settings, step):
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     trainer = train(tmp_path, watcher, **settings)
     assert_second_epoch_was_cut_short(watcher, trainer, step)
 
@@ -531,13 +553,13 @@ def test_a_callback_that_ends_the_epoch(tmp_path, flag):
         if state.global_step == 4:
             setattr(control, flag, True)
 
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     trainer = train(tmp_path, watcher, Probe("on_step_end", stop))
     assert_second_epoch_was_cut_short(watcher, trainer, 4)
 
 
 def test_max_steps_at_the_end_of_an_epoch_projects_once(tmp_path):
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     trainer = train(tmp_path, watcher, max_steps=6)
     assert len(watcher.history) == 3
     assert projected(trainer.model)
@@ -546,10 +568,10 @@ def test_max_steps_at_the_end_of_an_epoch_projects_once(tmp_path):
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_every_n_epochs_measures_less_often_but_projects_in_each(tmp_path, every):
-    watcher, evaluation = WeightWatcherCallback(every_n_epochs=every), evaluations()
+    watcher, evaluation = watching(every_n_epochs=every), evaluations()
     trainer = train(tmp_path, watcher, evaluation, num_train_epochs=4, eval_strategy="epoch")
     measured = [r["epoch"] for r in watcher.history if "ww/alpha_mean" in r]
-    assert measured == [float(epoch) for epoch in range(0, 5, every)]
+    assert measured == [float(epoch) for epoch in sorted({*range(0, 5, every), 4})]
     assert clock(trainer)["epochs"] == 4
     assert evaluation.seen == [True] * 4
 
@@ -563,7 +585,7 @@ class Stream(IterableDataset):
 
 def test_an_iterable_without_a_length(tmp_path):
     """Its last epoch ends by `max_steps`: nobody knows whether it was a whole one."""
-    watcher, evaluation = WeightWatcherCallback(), evaluations()
+    watcher, evaluation = watching(), evaluations()
     trainer = train(
         tmp_path, watcher, evaluation, train=Stream(), max_steps=9, eval_strategy="epoch"
     )
@@ -575,7 +597,7 @@ def test_an_iterable_without_a_length(tmp_path):
 
 
 def test_a_stream_longer_than_the_training_is_one_epoch_for_the_trainer_and_for_us(tmp_path):
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     trainer = train(tmp_path, watcher, train=Stream(), max_steps=2)
     assert trainer.state.epoch == 1.0
     assert column(watcher, "step") == [0.0, 2.0]
@@ -584,7 +606,7 @@ def test_a_stream_longer_than_the_training_is_one_epoch_for_the_trainer_and_for_
 
 @pytest.mark.parametrize("accumulate", [2, 3, 7])
 def test_accumulated_gradients_count_as_one_step(tmp_path, accumulate):
-    watcher, evaluation = WeightWatcherCallback(), evaluations()
+    watcher, evaluation = watching(), evaluations()
     trainer = train(
         tmp_path,
         watcher,
@@ -604,7 +626,7 @@ def test_accumulated_gradients_count_as_one_step(tmp_path, accumulate):
 
 
 def test_training_twice_projects_in_every_epoch(tmp_path):
-    watcher, evaluation = WeightWatcherCallback(), evaluations()
+    watcher, evaluation = watching(), evaluations()
     trainer = make_trainer(tmp_path, watcher, evaluation, **saving("epoch"))
     trainer.train()
     trainer.train()
@@ -617,7 +639,7 @@ def test_a_training_that_failed_before_its_first_step_leaves_nothing_behind(tmp_
     def fail(**_):
         raise RuntimeError("no data")
 
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     with pytest.raises(RuntimeError, match="no data"):
         train(tmp_path, watcher, Probe("on_step_begin", fail))
     train(tmp_path, watcher)
@@ -625,7 +647,7 @@ def test_a_training_that_failed_before_its_first_step_leaves_nothing_behind(tmp_
 
 
 def test_a_callback_may_be_added_after_the_first_training(tmp_path):
-    watcher = WeightWatcherCallback()
+    watcher = watching()
     trainer = train(tmp_path, save_strategy="epoch")
     assert free(trainer.model)
     trainer.add_callback(watcher)
@@ -635,15 +657,18 @@ def test_a_callback_may_be_added_after_the_first_training(tmp_path):
     assert clock(trainer) == {"steps": 12, "epochs": 2, "boundary": 12}
 
 
-def test_two_callbacks_project_once(tmp_path):
-    often, seldom = WeightWatcherCallback(), WeightWatcherCallback(every_n_epochs=2)
-    trainer = train(tmp_path, often, seldom, save_strategy="epoch")
+def test_of_two_callbacks_the_second_does_nothing(tmp_path):
+    first, second = watching(), watching(every_n_epochs=2)
+    with pytest.warns(UserWarning, match="two callbacks of type WeightWatcherCallback") as caught:
+        trainer = train(tmp_path, first, second, save_strategy="epoch")
+    assert len([w for w in caught if "two callbacks" in str(w.message)]) == 1
     assert clock(trainer) == {"steps": 6, "epochs": 2, "boundary": 6}
-    assert column(often, "epoch") == [0.0, 1.0, 2.0]
-    assert column(seldom, "epoch") == [0.0, 2.0]
+    assert column(first, "epoch") == [0.0, 1.0, 2.0]
+    assert second.history == []
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
-    assert isinstance(state["stateful_callbacks"]["WeightWatcherCallback"], dict)
-    again = train(tmp_path, often, seldom, resume=str(tmp_path / "checkpoint-3"))
+    assert state["log_history"].count(rows(trainer)[-1]) == 1
+    with pytest.warns(UserWarning, match="two callbacks"):
+        again = train(tmp_path, first, second, resume=str(tmp_path / "checkpoint-3"))
     assert clock(again) == {"steps": 6, "epochs": 2, "boundary": 6}
 
 
@@ -652,7 +677,7 @@ def test_a_loop_that_ends_its_epoch_itself_is_not_projected_twice(tmp_path):
         if state.epoch == int(state.epoch):
             optimizer.optimizer.end_epoch()
 
-    trainer = train(tmp_path, Probe("on_step_end", end), WeightWatcherCallback(), strength=0.5)
+    trainer = train(tmp_path, Probe("on_step_end", end), watching(), strength=0.5)
     assert clock(trainer) == {"steps": 6, "epochs": 2, "boundary": 6}
 
 
@@ -660,7 +685,7 @@ def test_a_loop_that_ends_its_epoch_itself_is_not_projected_twice(tmp_path):
 def test_the_factory_gives_the_trainer_a_wwpgd(tmp_path):
     factory = (WWPGDFactory, {"lr": 1e-2, "weight_decay": 0.1, "wwpgd": {"strength": 1.0}})
     args = make_trainer(tmp_path).args
-    watcher, model = WeightWatcherCallback(), llama(attention_bias=True)
+    watcher, model = watching(), llama(attention_bias=True)
     options = {"train_dataset": data(), "callbacks": [watcher]}
     trainer = Trainer(model, args, optimizer_cls_and_kwargs=factory, **options)
     trainer.train()
@@ -689,7 +714,7 @@ def test_the_factory_by_itself():
 def test_a_wwpgd_without_a_model_gets_the_trainer_s(tmp_path):
     model = llama()
     opt = WWPGD(torch.optim.AdamW(model.parameters(), lr=1e-2), strength=1.0)
-    train(tmp_path, WeightWatcherCallback(), strength=None, optimizer=opt, model=model)
+    train(tmp_path, watching(), strength=None, optimizer=opt, model=model)
     assert opt.model is model
     assert projected(model)
     table = model.model.embed_tokens.weight.detach().clone()
@@ -703,7 +728,7 @@ def test_a_wwpgd_without_a_model_gets_the_trainer_s(tmp_path):
 def test_watching_changes_no_bit_of_the_training(tmp_path, settings):
     options = {"strength": None, "num_train_epochs": 3, "eval_strategy": "epoch"}
     bare = train(tmp_path, **options)
-    watched = train(tmp_path, WeightWatcherCallback(**settings), **options)
+    watched = train(tmp_path, watching(**settings), **options)
     assert same(bare.model, watched.model)
     assert not same(bare.model, llama())
     assert losses(bare) == losses(watched)
@@ -719,14 +744,14 @@ def test_a_projection_of_strength_zero_trains_like_the_base(tmp_path, settings):
     model = llama()
     opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
     bare = train(tmp_path, strength=None, model=model, optimizer=opt, **settings)
-    trainer = train(tmp_path, WeightWatcherCallback(), strength=0.0, **settings)
+    trainer = train(tmp_path, watching(), strength=0.0, **settings)
     assert same(bare.model, trainer.model)
     assert losses(bare) == losses(trainer)
     assert clock(trainer)["epochs"] == 2
 
 
 def test_a_layer_of_nan_warns_once_and_training_goes_on(tmp_path):
-    model, watcher = llama(), WeightWatcherCallback()
+    model, watcher = llama(), watching()
     model.unused = nn.Linear(30, 30)
     with torch.no_grad():
         model.unused.weight[0, 0] = math.nan
@@ -745,7 +770,7 @@ def test_a_layer_of_nan_warns_once_and_training_goes_on(tmp_path):
 def test_lora_has_nothing_to_project_and_says_why(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model, watcher = peft.get_peft_model(llama(), config), WeightWatcherCallback()
+    model, watcher = peft.get_peft_model(llama(), config), watching()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -759,6 +784,126 @@ def test_lora_has_nothing_to_project_and_says_why(tmp_path):
     assert clock(trainer) == {"steps": 9, "epochs": 3, "boundary": 9}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad
+
+
+# Loggers that are missing or fail
+
+
+def test_without_a_reporter_one_warning_says_where_the_numbers_are(tmp_path):
+    with pytest.warns(UserWarning, match=r"reports to nothing: .*\.history") as caught:
+        train(tmp_path, watching())
+    assert len([w for w in caught if "reports to nothing" in str(w.message)]) == 1
+
+
+def test_a_reporter_or_a_logger_of_its_own_is_enough(tmp_path):
+    for callbacks in (
+        [watching(log_to=tmp_path / "log.csv")],
+        [watching(), Probe("on_log", lambda **_: None)],
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(tmp_path, *callbacks)
+        assert not [w for w in caught if "reports to nothing" in str(w.message)]
+    assert (tmp_path / "log.csv").read_text().count("ww/alpha_mean") == 3
+
+
+def test_a_reporter_that_fails_warns_once_and_the_others_go_on(tmp_path):
+    def full(logs, **_):
+        if "ww/alpha_mean" in logs:
+            raise OSError(28, "No space left on device")
+
+    watcher, other = watching(), Probe("on_log", lambda logs, **_: logs)
+    with pytest.warns(UserWarning, match="No space left on device") as caught:
+        trainer = train(tmp_path, Probe("on_log", full), watcher, other, num_train_epochs=3)
+    assert len([w for w in caught if "No space" in str(w.message)]) == 1
+    assert len([logs for logs in other.seen if "ww/alpha_mean" in logs]) == 4
+    assert len(rows(trainer)) == 4
+
+
+# Stopping, steps, summary
+
+
+def test_a_rule_stops_the_training_after_a_whole_epoch(tmp_path):
+    watcher, evaluation = watching(early_stop=alpha_below(2.3)), evaluations()
+    options = {"strength": Ramp(3), "num_train_epochs": 8, **saving("epoch")}
+    trainer = train(tmp_path, watcher, evaluation, **options)
+    means = column(watcher, "ww/alpha_mean")
+    assert means[-1] < 2.3 <= min(means[1:-1], default=9.0)
+    assert trainer.state.global_step == STEPS * (len(means) - 1) < 8 * STEPS
+    assert len(evaluation.seen) == len(means) - 1
+    assert (tmp_path / f"checkpoint-{trainer.state.global_step}").exists()
+
+
+def test_steps_are_measured_too(tmp_path, board):
+    settings, folder = board
+    watcher = watching(every_n_steps=2)
+    trainer = train(tmp_path, watcher, **settings)
+    assert column(watcher, "step") == [0.0, 2.0, 3.0, 4.0, 6.0]
+    assert column(watcher, "epoch") == [0.0, 0.0, 1.0, 1.0, 2.0]
+    assert [event.step for event in events(folder)["ww/alpha_mean"]] == [0, 2, 3, 4, 6]
+    assert clock(trainer)["epochs"] == 2
+
+
+def test_the_last_step_is_measured_while_reporters_listen(tmp_path, board):
+    settings, folder = board
+    watcher = watching(every_n_epochs=5)
+    train(tmp_path, watcher, num_train_epochs=3, **settings)
+    assert [event.step for event in events(folder)["ww/alpha_mean"]] == [0, 9]
+    assert len(list(folder.rglob("events.out.tfevents.*"))) == 1
+
+
+def test_the_summary_is_printed_at_the_end(tmp_path, capsys):
+    train(tmp_path, watching())
+    printed = capsys.readouterr().out
+    assert printed.count("the model: mostly critical (8 of 9 layers)") == 1
+    assert "% of training time" in printed
+    train(tmp_path, watching(summary=False))
+    assert "the model" not in capsys.readouterr().out
+
+
+# Two processes
+
+DDP = """
+import pathlib, torch
+from tests.test_huggingface import BATCH, data, llama, watching
+from transformers import Trainer, TrainingArguments
+from ww_train import Ramp, WWPGD
+from ww_train.callbacks.early_stopping import alpha_below
+
+torch.set_num_threads(RANK + 1)  # by itself enough to tear replicas apart that project on their own
+model = llama()
+watcher = watching(early_stop=alpha_below(2.3), log_to=f"{FOLDER}/log.csv")
+args = TrainingArguments(
+    f"{FOLDER}/out", use_cpu=True, num_train_epochs=8, per_device_train_batch_size=BATCH,
+    report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+    ddp_backend="gloo",
+)
+opt = WWPGD(torch.optim.AdamW(model.parameters(), lr=1e-2), model=model, strength=Ramp(3))
+trainer = Trainer(
+    model, args, train_dataset=data(12), callbacks=[watcher], optimizers=(opt, None)
+)
+trainer.train()
+strip = ("ww/seconds", "ww/overhead")
+RESULT = {
+    "sums": [float(p.double().sum()) for p in model.parameters()],
+    "head": model.lm_head.weight.flatten().tolist(),
+    "history": [{k: v for k, v in r.items() if k not in strip} for r in watcher.history],
+    "step": trainer.state.global_step,
+    "replicas": opt.replicas is not None,
+    "world": args.world_size,
+}
+"""
+
+
+def test_replicas_stay_equal_and_stop_together(tmp_path):
+    zero, one = run_ranks(DDP, tmp_path)
+    assert zero == one
+    assert zero["world"] == 2
+    assert zero["replicas"]
+    means = [record["ww/alpha_mean"] for record in zero["history"]]
+    assert means[-1] < 2.3
+    assert zero["step"] == 3 * (len(means) - 1) < 24
+    assert (tmp_path / "log.csv").read_text().count(",ww/alpha_mean,") == len(means)
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from ww_train import WWPGD, ManifoldProjection, Projected, Skipped
+from ww_train import WWPGD, ManifoldProjection, Projected, Skipped, measure
 from ww_train.power_law import fit_power_law
+from ww_train.steering import Failed
 
 from .oracles import evals_by_svd
 from .training import SIZE, adamw, collect, weights
@@ -213,3 +214,81 @@ def test_targets_say_what_would_be_projected_and_change_nothing():
     assert second.matrix.parameter is model.enc[1].weight
     assert {other.reason for other in others} == {"not included"}
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(before), strict=True))
+
+
+# Only where it is needed
+
+
+def needing(when, model=None, **settings):
+    model = deep() if model is None else model
+    return WWPGD(adamw(model), model=model, strength=1.0, when=when, **settings)
+
+
+def test_a_predicate_on_the_report_is_asked_about_every_target():
+    asked = {}
+
+    def when(layer):
+        asked[layer.name] = (layer.alpha, layer.num_traps)
+        return layer.name.startswith("enc")
+
+    model = deep()
+    expected = measure(model, randomize=True)
+    results = needing(when, model, exclude="head").end_epoch()
+    assert projected(results) == ALL[:2]
+    assert list(asked) == ALL[:-1]
+    for name, (alpha, num_traps) in asked.items():
+        assert alpha == expected[name].alpha
+        assert num_traps == expected[name].num_traps
+    assert {result.reason for result in results[2:-1]} == {"when= says no"}
+    assert results[-1] == Skipped("head", "excluded")
+
+
+def test_layers_that_arrived_are_left_alone():
+    model = deep()
+    opt = needing(lambda layer: abs(layer.alpha - 2) > 0.05, model)
+    assert projected(opt.end_epoch()) == ALL
+    opt.step()
+    before = [weight.detach().clone() for weight in weights(model)]
+    assert collect(opt.end_epoch)[0] == []  # nothing to do is no reason to warn
+    assert {result.reason for result in opt.projected} == {"when= says no"}
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+def test_a_trap_is_a_need():
+    model = deep()
+    with torch.no_grad():
+        model.enc[0].weight[3, 4] = 30.0
+    assert projected(needing(lambda layer: layer.num_traps, model).end_epoch()) == ["enc.0"]
+
+
+def test_a_layer_too_small_to_project_is_not_asked_about():
+    model = nn.Sequential(nn.Linear(SIZE, 32), nn.Linear(32, 3))
+    opt = needing(lambda layer: layer.alpha < 9, model, strict=True)  # alpha of the head is None
+    first, head = opt.end_epoch()
+    assert isinstance(first, Projected)
+    assert head == Skipped("1", "3 eigenvalues, fewer than min_evals=20")
+
+
+def test_a_layer_of_which_the_predicate_fails_does_not_stop_the_others():
+    def when(layer):
+        return 1 / (layer.name != "enc.1")
+
+    opt = needing(when)
+    messages, results = collect(opt.end_epoch)
+    assert isinstance(results[1], Failed)
+    assert projected(results) == [name for name in ALL if name != "enc.1"]
+    assert messages == [
+        "layer enc.1 is left as it is, when= failed: ZeroDivisionError: division by zero"
+    ]
+    with pytest.raises(RuntimeError, match="when= failed: ZeroDivisionError"):
+        needing(when, strict=True).end_epoch()
+
+
+def test_a_layer_that_cannot_be_measured_is_skipped():
+    model = deep()
+    with torch.no_grad():
+        model.enc[1].weight[0, 0] = torch.nan
+    first, second, *_ = needing(lambda layer: True, model).end_epoch()
+    assert isinstance(first, Projected)
+    assert isinstance(second, Skipped)
+    assert "NaN" in second.reason

@@ -272,6 +272,26 @@ def test_a_copy_shares_the_group(pair):
     assert pair(copied) == [True, True]
 
 
+def where_needed():
+    rank = dist.get_rank()
+    model = net()
+
+    def when(layer):
+        return 1 / 0 if layer.name == "2" else rank == 0  # the first rank's answer holds
+
+    opt = WWPGD(sgd(model), model=model, strength=1.0, when=when, replicas=dist.group.WORLD)
+    messages, results = collect(opt.end_epoch)
+    return digest(results), messages, numbers(weights(model))
+
+
+def test_the_ranks_agree_on_what_is_needed(pair):
+    first, second = pair(where_needed)
+    assert first[:2] == second[:2]
+    assert first[0] == [("Projected", "0"), ("Failed", "2")]
+    assert "when= failed: ZeroDivisionError" in first[1][0]
+    assert_equal(first[2], second[2])
+
+
 # What goes wrong
 
 
@@ -366,11 +386,11 @@ def different(what, strict):
     rank = dist.get_rank()
     layers = list(net()) + ([nn.Linear(SIZE, SIZE)] if what == "model" and rank else [])
     model = nn.Sequential(*layers)
-    strength = (0.5 + 0.25 * rank) if what == "strength" else 0.5
+    strengths = {"strength": [0.5, 0.75], "schedule": [0.5, None]}.get(what, [0.5, 0.5])
     opt = WWPGD(
         sgd(model),
-        model=model,
-        strength=lambda boundary: strength,
+        strength=lambda boundary: strengths[rank],
+        include=(lambda matrix: [True][rank]) if what == "choice" else None,
         replicas=dist.group.WORLD,
         momentum=project,
         strict=strict,
@@ -382,7 +402,7 @@ def different(what, strict):
     before = numbers(weights(model))
     try:
         messages, results = collect(opt.end_epoch)
-    except RuntimeError as error:
+    except Exception as error:
         messages, results = ["raised", str(error)], ()
     return messages, digest(results), before, numbers(weights(model))
 
@@ -394,6 +414,8 @@ def different(what, strict):
         ("model", "the ranks hold different layers"),
         ("strength", r"the ranks project with different strengths (0.5, 0.75)"),
         ("momentum", "the ranks hold different layers"),
+        ("schedule", "must be real number, not NoneType"),
+        ("choice", "list index out of range"),
     ],
 )
 def test_ranks_that_differ_say_so_and_change_nothing(pair, what, reason, strict):

@@ -381,6 +381,11 @@ def test_the_number_of_threads_is_put_back_whatever_is_raised(threads):
             tasks_of(layers((40, 30), (30, 40)), Halfway("l1", error=KeyboardInterrupt)), 1
         )
     assert torch.get_num_threads() == 3
+    seen = []
+    worker = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    worker.start()
+    worker.join(60)
+    assert seen == [3]  # a new thread takes over the number that was set last
 
 
 # Contexts
@@ -477,11 +482,20 @@ def test_alpha_by_pattern():
     assert alphas == pytest.approx([3.0, 2.0], abs=1e-3)
 
 
-def test_a_layer_that_fails_is_in_the_results():
+def test_a_layer_that_fails_is_in_the_results_and_said():
     model = net()
-    failed, done = quietly(model, projection={"0": Halfway("0"), "2": ManifoldProjection()})
+    projection = {"0": Halfway("0"), "2": ManifoldProjection()}
+    messages, (failed, done) = collect(lambda: project_(model, 0.05, projection=projection))
     assert isinstance(failed, Failed)
     assert isinstance(done, Projected)
+    assert messages == ["layer 0 is left as it is, the projection failed: RuntimeError: broke off"]
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(24, 3)), nn.Sequential(nn.ReLU())])
+def test_a_model_without_a_layer_to_project_is_said(model):
+    (message,), _ = collect(lambda: project_(model, 0.1))
+    assert message.startswith("no layer is projected (")
+    assert "3 eigenvalues, fewer than" in message or "the model holds no matrix" in message
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])

@@ -11,12 +11,12 @@ from torch import Tensor
 from ww_train.analysis import measure
 from ww_train.matrices import Skipped, WeightMatrix
 from ww_train.momentum import Momentum, change_momentum_, keep, momentum_buffers
-from ww_train.projection import Operator
+from ww_train.projection import Operator, SpectralProjection
 from ww_train.ranks import gather
 from ww_train.replicas import project_replicas_
 from ww_train.report import LayerReport
 from ww_train.shards import project_shards_
-from ww_train.steering import Outcome, Task, Then, project_all_
+from ww_train.steering import Failed, Outcome, Task, Then, project_all_
 from ww_train.weight_matrix import sharded
 
 Need: TypeAlias = Callable[[LayerReport], bool]
@@ -30,23 +30,34 @@ def needed(
 
     Args:
         targets: The same on every rank of the group.
-        when: A predicate on the layer's report. A layer that cannot be measured is skipped.
+        when: A predicate on the layer's report. A layer that cannot be measured is skipped, one of
+            which it raises is `Failed`, and one that its projection finds too small is not measured.
         group: The ranks that must agree; the first one's answer holds.
 
     Cost: that of `measure(..., randomize=True)`.
     """
-    matrices = [target.matrix for target in targets if isinstance(target, Task)]
+    matrices = [t.matrix for t in targets if isinstance(t, Task) and not _too_small(t)]
     report = measure(matrices, randomize=True, min_evals=1, max_evals=None)
-    reasons = {layer.name: layer.reason for layer in report.skipped}
-    reasons |= {layer.name: "when= says no" for layer in report if not when(layer)}
+    left = {layer.name: layer for layer in report.skipped}
+    left |= {layer.name: answer for layer in report if (answer := _refused(when, layer))}
     if group is not None:
-        reasons = gather(reasons, group)[0]
-    return [
-        Skipped(target.matrix.name, reasons[target.matrix.name])
-        if isinstance(target, Task) and target.matrix.name in reasons
-        else target
-        for target in targets
-    ]
+        left = gather(left, group)[0]
+    return [left.get(t.matrix.name, t) if isinstance(t, Task) else t for t in targets]
+
+
+def _too_small(task: Task) -> bool:
+    projection = task.projection
+    return (
+        isinstance(projection, SpectralProjection) and task.matrix.num_evals < projection.min_evals
+    )
+
+
+def _refused(when: Need, layer: LayerReport) -> Skipped | None:
+    try:
+        return None if when(layer) else Skipped(layer.name, "when= says no")
+    except Exception as error:  # such as a comparison with an alpha that is None
+        reason = f"when= failed: {type(error).__name__}: {error}"
+        return Failed(layer.name, reason, RuntimeError(reason))  # which can be sent to other ranks
 
 
 def project_boundary_(

@@ -51,6 +51,8 @@ COMPARED_IMPORTANCE = (
 def compare(args: Namespace) -> int:
     """Measure what changed between two models; print and write it."""
     check_outputs(args)
+    if args.metrics_summary is not None:
+        exports.check(args.metrics_summary)
     _check_conditions(args)
     both = compare_models(
         source(args.base, args.device),

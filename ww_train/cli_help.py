@@ -51,6 +51,42 @@ JSON = """JSON: an object of "layers" (one object a layer, with the columns of t
 """
 
 
+DESCRIBE = """examples:
+  ww-train describe my-model/
+  ww-train describe my-model/ --types conv2d --json -
+"""
+
+COMPARE = """examples:
+  ww-train compare base/ finetuned/
+  ww-train compare base/ finetuned/ --metrics-summary metrics_summary.json
+  ww-train compare base/ finetuned/ --fail-if 'alpha_change>0.5' --fail-if 'mean(alpha_finetuned)>6'
+
+relative_delta is the norm of the difference over the norm of the base; a column NAME_change is
+  NAME_finetuned less NAME_base; NAME_of_delta is that of the difference as a matrix.
+
+JSON: an object of "layers" (one object a layer), "summary" (means before, after, and their
+  changes), "reading" (the changes in words), "missing", "extra", "reshaped" and "skipped" layers.
+
+"""
+
+PLOT = """examples:
+  ww-train plot my-model/ -o images
+  ww-train plot my-model/ -o images --figure randomized_esd --layers 'encoder.0.*' --format svg
+
+"""
+
+REPORT = """examples:
+  ww-train report my-model/ -o report.html --randomize
+  ww-train report lora/ --base base-model/ -o change.html --title 'What training changed'
+
+"""
+
+SMOOTH = """examples:
+  ww-train smooth my-model/ -o smoothed/ --layers '*.mlp.*'
+  ww-train smooth my-model/ -o smoothed/ --top 0.2
+"""
+
+
 def glossary() -> str:
     """The verdicts and the numbers to read first, for the help."""
     return f"verdicts:\n{_terms(VERDICTS)}\n\nnumbers:\n{_terms(HEADLINES)}"

@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import torch
 
+from ww_train import cli_help as texts
 from ww_train.cli_commands import analyze, describe, report, smooth
 from ww_train.cli_compare import compare
-from ww_train.cli_help import ANALYZE, CONDITIONS, EXIT_CODES, JSON, OVERVIEW, glossary
 from ww_train.cli_plot import FIGURES, plot
 from ww_train.conditions import Condition, condition
 from ww_train.smoothing_rules import AboveBulk, Bottom, DetXTail, PowerLawTail, Top
@@ -64,29 +64,26 @@ def parser() -> Parser:
         prog="ww-train",
         description="Read the weight spectra of a trained network: which layers learned, "
         "which did not, and which learned too much.",
-        epilog=OVERVIEW + EXIT_CODES,
+        epilog=texts.OVERVIEW + texts.EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"ww-train {version('ww-train')}")
     room = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    _analyze(_command(room, "analyze", "measure every layer and print a table", ANALYZE))
-    _describe(_command(room, "describe", "list what would be analysed, without computing", ""))
-    _compare(_command(room, "compare", "what changed between two models", ""))
-    _plot(_command(room, "plot", "draw the spectra and the model as images", ""))
-    _report(_command(room, "report", "write one HTML page with everything", ""))
-    _smooth(_command(room, "smooth", "write a copy with smoothed weights", ""))
+    _analyze(_command(room, "analyze", "measure every layer and print a table"))
+    _describe(_command(room, "describe", "list what would be analysed, without computing"))
+    _compare(_command(room, "compare", "what changed between two models"))
+    _plot(_command(room, "plot", "draw the spectra and the model as images"))
+    _report(_command(room, "report", "write one HTML page with everything"))
+    _smooth(_command(room, "smooth", "write a copy with smoothed weights"))
     return top
 
 
-def _command(
-    room: argparse._SubParsersAction[Parser], name: str, summary: str, examples: str
-) -> Parser:
+def _command(room: argparse._SubParsersAction[Parser], name: str, summary: str) -> Parser:
     return room.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -94,7 +91,9 @@ def _command(
 
 def _analyze(sub: Parser) -> None:
     sub.set_defaults(command=analyze)
-    sub.epilog = f"{ANALYZE}{CONDITIONS}{JSON}{glossary()}\n\n{EXIT_CODES}"
+    sub.epilog = "".join(
+        (texts.ANALYZE, texts.CONDITIONS, texts.JSON, texts.glossary(), "\n\n", texts.EXIT_CODES)
+    )
     _model(sub)
     _adapter(sub)
     _choice(sub)
@@ -105,6 +104,7 @@ def _analyze(sub: Parser) -> None:
 
 def _describe(sub: Parser) -> None:
     sub.set_defaults(command=describe)
+    sub.epilog = texts.DESCRIBE
     _model(sub)
     _adapter(sub)
     _choice(sub)
@@ -113,6 +113,7 @@ def _describe(sub: Parser) -> None:
 
 def _compare(sub: Parser) -> None:
     sub.set_defaults(command=compare)
+    sub.epilog = texts.COMPARE + texts.CONDITIONS + texts.EXIT_CODES
     sub.add_argument("base", metavar="BASE", help="the model before")
     sub.add_argument("finetuned", metavar="FINETUNED", help="the model after")
     _choice(sub)
@@ -126,7 +127,7 @@ def _compare(sub: Parser) -> None:
 
 def _plot(sub: Parser) -> None:
     sub.set_defaults(command=plot)
-    sub.epilog = "figures:\n" + "\n".join(
+    sub.epilog = f"{texts.PLOT}figures:\n" + "\n".join(
         f"  {name:23} {meaning}" for name, meaning in FIGURES.items()
     )
     _model(sub)
@@ -146,6 +147,7 @@ def _plot(sub: Parser) -> None:
 
 def _report(sub: Parser) -> None:
     sub.set_defaults(command=report)
+    sub.epilog = texts.REPORT + texts.CONDITIONS + texts.EXIT_CODES
     _model(sub)
     sub.add_argument("-o", "--output", metavar="FILE", required=True, help="the page, '-' to print")
     sub.add_argument("--title", help="default: the name of the model")
@@ -158,6 +160,7 @@ def _report(sub: Parser) -> None:
 
 def _smooth(sub: Parser) -> None:
     sub.set_defaults(command=smooth)
+    sub.epilog = texts.SMOOTH
     _model(sub)
     sub.add_argument("-o", "--output", metavar="OUT", required=True, help="file or folder to write")
     rules = sub.add_mutually_exclusive_group()

@@ -37,13 +37,15 @@ def plot(args: Namespace) -> int:
     """Draw figures of a model and of its layers into a folder."""
     from ww_train import plots
 
+    folder = Path(args.output)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} exists and is no folder; name another")
     figures = args.figure or ["alpha_histogram", "correlation_flow", "esd"]
     args.mp_fit |= "mp_fit" in figures
     args.randomize |= not {"randomized_esd", "alpha_vs_rand_distance"}.isdisjoint(figures)
     report = measured(args)
     if not first_process():
         return 0
-    folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     drawings: list[tuple[str, Report | LayerReport, str]]
     drawings = [(name, report, name) for name in figures if name in MODEL_FIGURES]

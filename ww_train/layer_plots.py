@@ -53,6 +53,7 @@ NAMED_CAUSES = 3
 """Most causes of traps that `randomized_esd` names."""
 
 MOST_BINS = 400
+"""Most bins of a histogram whose tail is to have several."""
 
 NO_TAIL = "no power law in this layer"
 

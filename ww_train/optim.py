@@ -20,6 +20,7 @@ from ww_train.manifold_projection import ManifoldProjection
 from ww_train.matrices import Skipped, reasons
 from ww_train.momentum import FIRST_MOMENTS, Momentum, keep
 from ww_train.projection import Projected, SpectralProjection
+from ww_train.ranks import together
 from ww_train.schedules import Ramp, Strength, check_strength
 from ww_train.steering import Failed, Outcome, Projections, Task, assign
 from ww_train.targets import Choice, chosen, projection_targets, refuse_flattened
@@ -331,16 +332,20 @@ class WWPGD(Optimizer):
             return ()
         clock.projected = ()
         try:
-            strength = self.strength(index) if callable(self.strength) else self.strength
-            check_strength(strength)
             with _at_trained_point(self.base):
-                clock.projected = self._project(self.targets(), strength)
+                targets, strength = together(lambda: self._plan(index), self.replicas)
+                clock.projected = self._project(targets, strength)
         except Exception as error:
             if self.strict:
                 raise
             self._warn_once("boundary", f"no projection at boundary {index}: {error}")
             return ()
         return clock.projected
+
+    def _plan(self, index: int) -> tuple[list[Task | Skipped], float]:
+        strength = self.strength(index) if callable(self.strength) else self.strength
+        check_strength(strength)
+        return self.targets(), strength
 
     def _project(self, targets: list[Task | Skipped], strength: float) -> tuple[Outcome, ...]:
         if self.when is not None:

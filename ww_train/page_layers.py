@@ -33,7 +33,7 @@ FIGURES = 300
 NAMED_CAUSES = 12
 """Causes of traps that the details name."""
 
-LONGEST = 64
+LONGEST = 44
 """Longer names are shortened in the middle in the table; the details have them in full."""
 
 KEY = (

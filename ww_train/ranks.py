@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -35,3 +35,28 @@ def gather(own: T, group: dist.ProcessGroup | None) -> list[T]:
     everything: list[T | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everything, own, group)
     return everything  # type: ignore[return-value]
+
+
+def together(step: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """What a step returns on this rank; a collective, but the step itself must hold none.
+
+    If it raises on any rank it raises on all, so that nobody waits for one that has given up.
+
+    Args:
+        step: What to do.
+        group: The ranks that do it; None if this process is alone.
+
+    Raises:
+        RuntimeError: If another rank failed, with its reason.
+    """
+    if group is None:
+        return step()
+    try:
+        result = step()
+    except Exception as error:
+        gather(f"rank {dist.get_rank(group)}: {error}", group)
+        raise
+    for reason in gather("", group):
+        if reason:
+            raise RuntimeError(reason)
+    return result

@@ -35,8 +35,8 @@ def project_replicas_(
         buffers: Whatever else `then` changes of a matrix, to be sent as well.
 
     Raises:
-        RuntimeError: On every rank, if the ranks hold different layers, come with different
-            strengths, or one of them has called `withdraw`; nothing is changed then.
+        RuntimeError: On every rank, if the ranks hold different layers or come with different
+            strengths; nothing is changed then.
     """
     _agree([(t.matrix.name, _shapes(t, buffers)) for t in tasks], strength, group)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -53,27 +53,16 @@ def project_replicas_(
     return [results[i] for i in range(len(tasks))]
 
 
-def withdraw(error: Exception, group: dist.ProcessGroup) -> None:
-    """Tell the ranks that wait in `project_replicas_` that this one cannot take part.
-
-    They raise RuntimeError and change nothing.
-    """
-    gather((f"rank {dist.get_rank(group)} cannot project: {error}", None), group)
-
-
 def _agree(layers: object, strength: float, group: dist.ProcessGroup) -> None:
     """Raise on every rank, before anything is changed, unless all are about to do the same."""
     everywhere = gather((layers, strength), group)
-    for reason, theirs in everywhere:
-        if theirs is None:
-            raise RuntimeError(reason)
     if any(theirs != everywhere[0][0] for theirs, _ in everywhere):
         raise RuntimeError(
             "the ranks hold different layers: replicas= is for a model that every process of the "
             "group holds in full, as DistributedDataParallel does"
         )
-    strengths = ", ".join(f"{theirs:g}" for _, theirs in everywhere)
     if any(theirs != strength for _, theirs in everywhere):
+        strengths = ", ".join(f"{theirs:g}" for _, theirs in everywhere)
         raise RuntimeError(
             f"the ranks project with different strengths ({strengths}): make the schedule depend on "
             "what is the same on all ranks"

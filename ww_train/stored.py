@@ -87,7 +87,7 @@ class Deferred:
 
 def open_binary(path: Path) -> BinaryIO:
     """Opens a file for reading; without a buffer, which would read ahead of what is needed."""
-    return path.open("rb", buffering=0)  # type: ignore[return-value]
+    return path.open("rb", buffering=0)
 
 
 def raw_tensor(
