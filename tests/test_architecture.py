@@ -56,6 +56,7 @@ ORDER = [
     "replicas",
     "shards",
     "boundary",
+    "clock",
     "optim",
     "exports",
     "matching",

@@ -127,7 +127,7 @@ def test_a_model_without_matrices_gives_an_empty_report(source):
 
 
 @pytest.mark.parametrize(
-    "source", [None, 3, "model.safetensors", [G], (G, G), object(), G.tolist(), nn.Linear]
+    "source", [None, 3, b"model.safetensors", [G], (G, G), object(), G.tolist(), nn.Linear]
 )
 def test_an_unsupported_source_is_a_type_error(source):
     with pytest.raises(TypeError, match=r"expected an nn\.Module, a state dict"):

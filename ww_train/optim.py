@@ -7,7 +7,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ww_train.boundary import Need, needed, project_boundary_
+from ww_train.clock import Clock, check_clock
 from ww_train.manifold_projection import ManifoldProjection
 from ww_train.matrices import Skipped, reasons
 from ww_train.momentum import FIRST_MOMENTS, Momentum, keep
@@ -25,20 +25,6 @@ from ww_train.schedules import Ramp, Strength, check_strength
 from ww_train.steering import Failed, Outcome, Projections, Task, assign
 from ww_train.targets import Choice, chosen, projection_targets, refuse_flattened
 from ww_train.weight_matrix import sharded
-
-
-@dataclass
-class _Clock:
-    """All mutable state of a `WWPGD`, in one object that proxies and copies of it share."""
-
-    steps: int = 0  # executed optimizer steps
-    epochs: int = 0  # boundaries passed
-    boundary: int = -1  # `steps` at the last boundary
-    warned: set[str] = field(default_factory=set)
-    projected: tuple[Outcome, ...] = ()  # what was done at the last boundary
-
-    def numbers(self) -> dict[str, int]:
-        return {"steps": self.steps, "epochs": self.epochs, "boundary": self.boundary}
 
 
 class WWPGD(Optimizer):
@@ -114,7 +100,7 @@ class WWPGD(Optimizer):
             raise ValueError("the optimizer has no parameters")
         if not callable(momentum):
             raise TypeError(f"momentum is a function of ww_train.momentum, got {momentum!r}")
-        _check_clock(every_n_epochs, every_n_steps, steps_per_epoch)
+        check_clock(every_n_epochs, every_n_steps, steps_per_epoch)
         self.base = base
         self.model = model
         self.strength: Strength = Ramp() if strength is None else strength
@@ -130,7 +116,7 @@ class WWPGD(Optimizer):
         self.momentum = momentum
         self.replicas = replicas
         self.strict = strict
-        self._clock = _Clock()
+        self._clock = Clock()
         self._make_hooks()
         if model is not None:
             self.targets()  # a pattern that matches nothing is found now, not after an epoch
@@ -282,7 +268,7 @@ class WWPGD(Optimizer):
             if key.startswith("ww_pgd_")
         }
         self.base.load_state_dict(state)
-        for name, fresh in _Clock().numbers().items():
+        for name, fresh in Clock().numbers().items():
             setattr(self._clock, name, int(numbers.get(name, fresh)))
         self._clock.projected = ()
         self._mirror()
@@ -391,27 +377,6 @@ class WWPGD(Optimizer):
         if key not in self._clock.warned:
             self._clock.warned.add(key)
             warnings.warn(message, stacklevel=3)
-
-
-def _check_clock(
-    every_n_epochs: int, every_n_steps: int | None, steps_per_epoch: int | None
-) -> None:
-    for name, number in (
-        ("every_n_epochs", every_n_epochs),
-        ("every_n_steps", every_n_steps),
-        ("steps_per_epoch", steps_per_epoch),
-    ):
-        if number is None and name != "every_n_epochs":
-            continue
-        if not isinstance(number, int):
-            raise TypeError(f"{name} must be a whole number, got {number!r}")
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
-    if every_n_steps is not None and (every_n_epochs != 1 or steps_per_epoch is not None):
-        raise ValueError(
-            "every_n_steps= counts steps and takes the place of epochs: give it without "
-            "every_n_epochs= and steps_per_epoch="
-        )
 
 
 @contextmanager
