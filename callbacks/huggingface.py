@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 try:
     from transformers.trainer_callback import (
         CallbackHandler,
-        DefaultFlowCallback,
         ExportableState,
-        PrinterCallback,
-        ProgressCallback,
         TrainerCallback,
         TrainerControl,
         TrainerState,
@@ -28,20 +26,24 @@ except (ImportError, RuntimeError) as error:
         "installed torch: install them together, or uninstall torchvision"
     ) from error
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from transformers.training_args import ParallelMode
 
 from ww_train import WWPGD
 
 from .monitor import SpectralMonitor
+from .reporters import Reporter, calling_handler, reports
+from .sharing import Ranks, ranks_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
+    from typing_extensions import Unpack
 
     from ww_train import Report
 
-CONSOLE = (DefaultFlowCallback, PrinterCallback, ProgressCallback)
-"""Callbacks that do not get our numbers: they decide or print, and would print every layer."""
+    from .options import MonitorOptions
 
 
 class WeightWatcherCallback(TrainerCallback, ExportableState):
@@ -54,37 +56,42 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
     epoch is ended here, after the last step and before evaluation and saving.
 
     An epoch that ends early (`max_steps`, early stopping) is measured but not projected. The first
-    measurement is before the first step. The trainer's control flags are left alone. A checkpoint
-    keeps the history of one instance, so give a trainer only one; before an `EarlyStoppingCallback`
-    that is to see its metrics.
+    measurement is before the first step. The trainer's control flags are left alone, unless
+    `early_stop` asks to stop. With DistributedDataParallel the layers are dealt to the processes, and
+    the replicas stay equal. A checkpoint keeps the history of one instance: a second one in the same
+    trainer does nothing. Put it before an `EarlyStoppingCallback` that is to see its metrics.
 
     Args:
-        randomize: Also count correlation traps, at about twice the cost.
-        seed: Seed of the shuffles.
-        every_n_epochs: Measure every n-th epoch; projections happen in each.
+        **options: Those of `SpectralMonitor`: `budget`, `layers`, `randomize`, `every_n_epochs`,
+            `every_n_steps`, `early_stop`, `on_verdict`, `log_to` and so on.
     """
 
-    def __init__(self, *, randomize: bool = True, seed: int = 0, every_n_epochs: int = 1) -> None:
-        self.monitor = SpectralMonitor(
-            randomize=randomize, seed=seed, every_n_epochs=every_n_epochs
-        )
+    def __init__(self, **options: Unpack[MonitorOptions]) -> None:
+        self.monitor = SpectralMonitor(**options)
         self.last_step = -1
         self._training = False
+        self._first: WeightWatcherCallback | None = None  # of two in one trainer
         self._handler: CallbackHandler | None = None
+        self._event: dict[str, Any] = {}
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """One record of all numbers for each measured epoch."""
+        """One record of the new numbers for each measured epoch."""
         return self.monitor.history
-
-    @history.setter
-    def history(self, records: list[dict[str, float]]) -> None:
-        self.monitor.history = list(records)
 
     @property
     def report(self) -> Report | None:
-        """The last report."""
+        """The latest numbers of every layer."""
         return self.monitor.report
+
+    @property
+    def watched(self) -> dict[str, Any]:
+        """The monitor's state as plain JSON; the Trainer may restore it by assignment."""
+        return self.monitor.state_dict()
+
+    @watched.setter
+    def watched(self, state: dict[str, Any]) -> None:
+        self.monitor.load_state_dict(copy.deepcopy(state))
 
     def attach(self, trainer: Trainer) -> WeightWatcherCallback:
         """Tell the callback its trainer. Only needed if a framework calls callbacks in its own way."""
@@ -92,45 +99,68 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         return self
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the settings, the history and the step it belongs to."""
-        m = self.monitor
+        """What a checkpoint keeps: the settings, the monitor's state and the step it belongs to."""
+        if self._first is not None:
+            return self._first.state()
         return {
-            "args": {
-                "randomize": m.randomize,
-                "seed": m.seed,
-                "every_n_epochs": m.every_n_epochs,
-            },
-            "attributes": {"history": m.history, "last_step": self.last_step},
+            "args": self.monitor.settings,
+            "attributes": {"watched": self.watched, "last_step": self.last_step},
         }
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Continue the history of a checkpoint."""
-        name = type(self).__name__
         self._training = True
-        self._handler = _calling_handler() or self._handler
-        saved = _states(state).setdefault(name, self.state())
+        self._handler = calling_handler() or self._handler
+        callbacks = self._handler.callbacks if self._handler else []
+        self._first = _earlier(self, callbacks)
+        if self._first is not None:
+            return
+        saved = _states(state).setdefault(type(self).__name__, self.state())
+        self.last_step = -1
         if state.global_step > 0:
             attributes = (saved[0] if isinstance(saved, list) else saved)["attributes"]
-            self.history, self.last_step = attributes["history"], attributes["last_step"]
-        else:
-            self.last_step = -1
+            self.watched, self.last_step = attributes["watched"], attributes["last_step"]
+        others = [c for c in callbacks if c is not self and reports(c)]
+        reporters = [Reporter(c, lambda: self._event if self._training else {}) for c in others]
+        ranks = _ranks(args, state, kwargs.get("model"))
+        self.monitor.begin(
+            step=state.global_step, log_to=[self._to_log_history, *reporters], ranks=ranks
+        )
+        if not reporters and not self.monitor.logbook.loggers and state.is_world_process_zero:
+            warnings.warn(
+                "the trainer reports to nothing: the spectra are only in state.log_history and in "
+                "the callback's .history (set report_to=, or give the callback log_to=)",
+                stacklevel=2,
+            )
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the untrained model, now that every reporter has begun."""
-        if state.global_step == 0:
-            self._boundary(args, state, control, epoch=0, project=False, **kwargs)
+        late = state.global_step > 0 and not self.history
+        if self._first or not (late or state.global_step == 0) or not self.monitor.at_start:
+            return
+        if late:
+            warnings.warn(
+                f"the spectra are watched from step {state.global_step} on: the checkpoint knows "
+                "nothing of this callback",
+                stacklevel=2,
+            )
+        epoch = math.floor(state.epoch or 0.0)
+        self._boundary(args, state, control, epoch=epoch, project=False, due=True, **kwargs)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After the last step of an epoch: project, measure, log; evaluation and saving come later."""
-        epoch = round(state.epoch or 0.0)
-        if epoch > 0 and abs(state.epoch - epoch) < 1e-9:
-            self._boundary(args, state, control, epoch=epoch, project=True, **kwargs)
+        now, every = state.epoch or 0.0, self.monitor.every_n_steps
+        if round(now) > 0 and abs(now - round(now)) < 1e-9:
+            self._boundary(args, state, control, epoch=round(now), project=True, **kwargs)
+        elif every and state.global_step % every == 0:
+            epoch = math.floor(now)
+            self._boundary(args, state, control, epoch=epoch, project=False, due=True, **kwargs)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -150,15 +180,29 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Add the last summaries to the metrics, so that they can choose the best checkpoint."""
         if metrics is not None and self._training:
-            for record in self.history:  # not every record has everything: see `every_n_epochs`
-                summaries = {k: v for k, v in record.items() if k.startswith("ww/")}
-                metrics.update({f"eval_{key.replace('/', '_')}": v for key, v in summaries.items()})
+            latest = self.monitor.logbook.latest.items()
+            metrics.update({f"eval_{tag.replace('/', '_')}": value for tag, value in latest})
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Evaluations from now on are not of the measured weights (`load_best_model_at_end`)."""
+        """Measure what is stale, print the summary; evaluations from now on are of other weights."""
         self._training = False
+        if self._first or model is None:
+            return
+        self._event = {"args": args, "state": state, "control": control, "model": model}
+        self.monitor.finish(
+            model,
+            epoch=math.floor(state.epoch or 0.0),
+            step=state.global_step,
+            due=not args.load_best_model_at_end,
+        )
+        self._event = {}
 
     def _boundary(
         self,
@@ -168,36 +212,39 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         *,
         epoch: int,
         project: bool,
+        due: bool | None = None,
         model: nn.Module | None = None,
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        if model is None or state.global_step == self.last_step:
+        if self._first or model is None or state.global_step == self.last_step:
             return
         self.last_step = state.global_step
-        scalars = self.monitor.boundary(
-            model, optimizer or (), epoch=epoch, step=state.global_step, project=project
+        if self.monitor.at_end and state.global_step >= state.max_steps > 0:
+            due = True  # reporters close before `on_train_end`
+        event = {"args": args, "state": state, "control": control, "model": model}
+        self._event = {**kwargs, **event}
+        self.monitor.boundary(
+            model,
+            optimizer or (),
+            epoch=epoch,
+            step=state.global_step,
+            project=project,
+            due=due,
         )
+        if control.should_training_stop or state.global_step >= state.max_steps > 0:
+            self.monitor.draw(epoch=epoch, step=state.global_step)  # while reporters are open
+        self._event = {}
         # the saved state of a callback is whatever this entry holds when the trainer saves
         _states(state)[type(self).__name__] = self.state()
-        if not scalars or not state.is_world_process_zero:
-            return
+        if self.monitor.should_stop:
+            control.should_training_stop = True
+
+    def _to_log_history(self, scalars: Mapping[str, float], step: int) -> None:
+        """The summaries, as a row of the trainer's own log."""
+        state: TrainerState = self._event["state"]
         summaries = {tag: value for tag, value in scalars.items() if tag.startswith("ww/")}
-        state.log_history.append(
-            {**summaries, "epoch": state.epoch or 0, "step": state.global_step}
-        )
-        handler = _calling_handler() or self._handler
-        for callback in handler.callbacks if handler else ():
-            writer = getattr(callback, "tb_writer", None)
-            if writer is not None:  # by itself TensorBoardCallback would put all under "train/"
-                for tag, value in scalars.items():
-                    writer.add_scalar(tag, value, state.global_step)
-                writer.flush()
-            elif callback is not self and not isinstance(callback, CONSOLE):
-                # a copy of the flags: logging must not make the trainer skip its own
-                callback.on_log(
-                    args, state, copy.copy(control), logs=dict(scalars), model=model, **kwargs
-                )
+        state.log_history.append({**summaries, "epoch": state.epoch or 0, "step": step})
 
 
 class WWPGDFactory:
@@ -228,19 +275,32 @@ class WWPGDFactory:
         return WWPGD(base(groups, **options), model=model, **(wwpgd or {}))
 
 
+def _earlier(
+    callback: WeightWatcherCallback, callbacks: Sequence[TrainerCallback]
+) -> WeightWatcherCallback | None:
+    """The first callback of the same type, if there is one before this."""
+    first = next((other for other in callbacks if type(other) is type(callback)), callback)
+    if first is callback:
+        return None
+    warnings.warn(
+        f"the trainer has two callbacks of type {type(callback).__name__}, and its checkpoints "
+        "keep the state of one: the second does nothing",
+        stacklevel=3,
+    )
+    return first
+
+
+def _ranks(args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> Ranks:
+    """Callbacks are given the model without its wrapper: the arguments tell how it is distributed."""
+    taken_over = any(getattr(args, x, None) for x in ("fsdp", "deepspeed", "parallelism_config"))
+    if model is not None and any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return ranks_of(model)
+    replicated = args.parallel_mode is ParallelMode.DISTRIBUTED and not taken_over
+    if replicated and dist.is_available() and dist.is_initialized():
+        return Ranks(dist.group.WORLD, replicated=True)
+    return Ranks(main=state.is_world_process_zero)
+
+
 def _states(state: TrainerState) -> dict[str, Any]:
     """Saved states of callbacks by class name; annotated otherwise in Transformers."""
     return cast("dict[str, Any]", state.stateful_callbacks)
-
-
-def _calling_handler() -> CallbackHandler | None:
-    """The handler that is calling this callback, which the Trainer does not pass on."""
-    frame = sys._getframe(1)
-    for _ in range(6):
-        if frame is None:
-            break
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            return handler
-        frame = frame.f_back  # type: ignore[assignment]
-    return None

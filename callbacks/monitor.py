@@ -1,48 +1,256 @@
-"""`SpectralMonitor`: what happens at an epoch boundary, for any training loop."""
+"""`SpectralMonitor`: watches the spectra of a model in any training loop, within a budget."""
 
 from __future__ import annotations
 
-import statistics
 import time
-import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from ww_train import WWPGD, Projected, Report, Skipped, measure
-from ww_train.matrices import reasons
+from ww_train import Projected, Report, Skipped
+from ww_train.selection import Layers
+from ww_train.spectrum import Spectrum
+
+from .acting import OnVerdict, WarnOnce, asks_to_stop, tell, warn_of_layers
+from .budget import Budget
+from .early_stopping import StopRule
+from .logbook import Logbook
+from .loggers import Logger
+from .sharing import Ranks, ranks_of
+from .steering import end_epochs, find_wwpgd, known_spectra, projection_scalars, wwpgds
+from .summary import Summary
+from .survey import Survey, undisturbed
+from .timeline import Timeline
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["SpectralMonitor", "find_wwpgd"]
 
 
 class SpectralMonitor:
-    """Projects with every `WWPGD` among the optimizers, measures the model, keeps a history.
+    """Projects with every `WWPGD` among the optimizers, measures the model, logs, keeps a history.
 
-    A plain loop calls `boundary` once an epoch and hands the numbers to its logger; the callbacks for
-    Lightning and others do the same. Nothing here raises: whatever fails warns once and training
-    goes on. No global random generator is used, and only a WWPGD changes weights.
+        with SpectralMonitor(model, optimizer, log_to="runs/mine") as monitor:
+            for epoch in range(epochs):
+                ...  # train for an epoch
+                monitor.epoch_end()
+
+    The callbacks for Lightning and Hugging Face do the same by `boundary`. Measuring keeps to a budget:
+    if not everything can be afforded, traps are counted for a part of the layers at a time, then whole
+    layers are measured in turn, the stalest first. Nothing here raises: whatever fails warns once and
+    training goes on. No global random generator is used, and only a WWPGD changes weights. Under
+    DistributedDataParallel the layers are dealt to the processes, and the first one writes.
 
     Args:
-        randomize: Also count correlation traps, at about twice the cost.
-        seed: Seed of the shuffles.
-        every_n_epochs: Measure at every n-th boundary; projections happen at each.
+        model: The model being trained; with frameworks it comes with each boundary instead.
+        optimizers: Its optimizers, in whatever wrappers a framework put them.
+        log_to: Where to log: see `ww_train.callbacks.loggers.logger_for`; one target or a list.
+        layers: Which layers to watch, as in `ww_train.measure`; None for all.
+        randomize: Also count correlation traps, at about twice the cost; how many shuffles.
+        vectors: Also measure the localisation of the eigenvectors.
+        replicates: Also give alpha an interval from this many bootstrap replicates.
+        seed: Seed of the shuffles and the bootstrap.
+        every_n_epochs: Measure every n-th epoch; None for not at all. Projections happen in each.
+        every_n_steps: Also measure every n-th optimizer step.
+        at_start: Measure before the first step.
+        at_end: Measure after the last step what has not been measured since.
+        budget: What watching may cost as a fraction of the training time: see
+            `ww_train.callbacks.budget.Budget`. None to always measure everything.
+        early_stop: When to stop: see `ww_train.callbacks.early_stopping`. Sets `should_stop`.
+        on_verdict: Called with a `LayerReport` and its previous verdict when the verdict changes; on
+            all processes, with the same reports.
+        summary: Print a table when training ends.
+        clock: Seconds that only increase.
 
     Attributes:
-        report: The last report, or None.
+        report: The latest numbers of every layer, or None; with a budget they need not all be of the
+            same step: `timeline.measured` tells.
         projected: What the last boundary's projections did.
-        history: One record a measured boundary: `{"epoch": …, "step": …, **scalars}`.
+        should_stop: Whether `early_stop` asked to stop.
+        timeline: First and latest numbers, steps and verdicts of each layer.
+        budget: What was trained and spent.
+        logbook: History and loggers.
+
+    Raises:
+        ValueError: If an option is out of range.
+        TypeError: If `log_to` holds something that takes no numbers.
     """
 
-    def __init__(self, *, randomize: bool = True, seed: int = 0, every_n_epochs: int = 1) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
-        self.randomize = randomize
-        self.seed = seed
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        optimizers: Sequence[Optimizer] | Optimizer = (),
+        *,
+        log_to: Any = (),
+        layers: Layers = None,
+        randomize: int = True,
+        vectors: bool = False,
+        replicates: int = 0,
+        seed: int = 0,
+        every_n_epochs: int | None = 1,
+        every_n_steps: int | None = None,
+        at_start: bool = True,
+        at_end: bool = True,
+        budget: float | None = 0.01,
+        early_stop: StopRule | None = None,
+        on_verdict: OnVerdict | None = None,
+        summary: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        for name, number in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {number}")
+        self.model = model
+        self.optimizers = optimizers
+        self._warn = WarnOnce()
+        self.logbook = Logbook(log_to, self._warn)
+        self.survey = Survey(
+            layers=layers,
+            randomize=randomize,
+            vectors=vectors,
+            replicates=replicates,
+            seed=seed,
+        )
         self.every_n_epochs = every_n_epochs
-        self.report: Report | None = None
+        self.every_n_steps = every_n_steps
+        self.at_start = at_start
+        self.at_end = at_end
+        self.budget = Budget(budget, clock=clock)
+        self.early_stop = early_stop
+        self.on_verdict = on_verdict
+        self.summary = summary
+        self.timeline = Timeline()
         self.projected: tuple[Projected | Skipped, ...] = ()
-        self.history: list[dict[str, float]] = []
-        self._warned: set[str] = set()
+        self.should_stop = False
+        self._ranks: Ranks | None = None
+        self._epochs = self._steps = 0
+        self.budget.start()
+
+    @property
+    def report(self) -> Report | None:
+        """The latest numbers of every layer."""
+        return self.timeline.report
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """One record a boundary at which something was measured or projected."""
+        return self.logbook.history
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that are plain JSON: what a checkpoint tells of them."""
+        survey = self.survey
+        return {
+            "layers": survey.layers if isinstance(survey.layers, str | int | None) else None,
+            "randomize": survey.randomize,
+            "vectors": survey.vectors,
+            "replicates": survey.replicates,
+            "seed": survey.seed,
+            "every_n_epochs": self.every_n_epochs,
+            "every_n_steps": self.every_n_steps,
+            "at_start": self.at_start,
+            "at_end": self.at_end,
+            "budget": self.budget.fraction,
+            "summary": self.summary,
+        }
+
+    @property
+    def changes(self) -> dict[str, float]:
+        """Alpha of each layer now minus alpha when it was first measured."""
+        return self.timeline.changes
+
+    @property
+    def verdict(self) -> str:
+        """The verdicts of all layers in one line."""
+        return self.report.verdict if self.report else "no layer was measured"
+
+    # A loop of one's own
+
+    def start(self) -> dict[str, float]:
+        """Measure the model before the first step; a `with` block does so."""
+        self.begin(step=self._x)
+        if not self.at_start:
+            return {}
+        return self._own_boundary(project=False, due=True)
+
+    def step(self) -> dict[str, float]:
+        """Count an optimizer step, and measure if one is due; needed for `every_n_steps` only."""
+        self._steps += 1
+        if not self.every_n_steps or self._steps % self.every_n_steps:
+            return {}
+        return self._own_boundary(project=False, due=True)
+
+    def epoch_end(self, *, project: bool = True) -> dict[str, float]:
+        """End an epoch: project, measure, log.
+
+        Args:
+            project: False if the epoch was cut short: it is measured only.
+
+        Returns:
+            See `boundary`. The steps are the calls of `step`, or epochs if there were none.
+        """
+        self._epochs += 1
+        return self._own_boundary(project=project)
+
+    def close(self) -> None:
+        """End the training: measure what is stale, print the summary, close files opened here."""
+        self.finish(self._own_model(), epoch=self._epochs, step=self._x)
+        self.logbook.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    @property
+    def _x(self) -> int:
+        return self._steps or self._epochs
+
+    def _own_model(self) -> nn.Module:
+        if self.model is None:
+            raise ValueError("give the model: SpectralMonitor(model, optimizer)")
+        return self.model
+
+    def _own_boundary(self, *, project: bool, due: bool | None = None) -> dict[str, float]:
+        return self.boundary(
+            self._own_model(),
+            self.optimizers,
+            epoch=self._epochs,
+            step=self._x,
+            project=project,
+            due=due,
+        )
+
+    # For frameworks
+
+    def begin(
+        self, *, step: int, log_to: Sequence[Logger] = (), ranks: Ranks | None = None
+    ) -> None:
+        """Training begins, or goes on after a break.
+
+        Args:
+            step: Number of optimizer steps done; with 0 changes are counted from here.
+            log_to: Loggers of the framework.
+            ranks: The processes that train the model, where the model itself does not tell.
+        """
+        self.logbook.of_framework, self._ranks = tuple(log_to), ranks
+        self.should_stop = False
+        if step == 0:
+            self.timeline = Timeline()
+        self.budget.start()
 
     def boundary(
         self,
@@ -52,80 +260,145 @@ class SpectralMonitor:
         epoch: int,
         step: int,
         project: bool = True,
+        due: bool | None = None,
+        log_step: int | None = None,
     ) -> dict[str, float]:
-        """Project, measure and record, at the end of an epoch or at the start of training.
+        """Project, measure, log and record, at the end of an epoch or at any other time.
+
+        Layers that were measured at this very step, and not projected since, are not measured again.
 
         Args:
             model: The model being trained.
-            optimizers: Its optimizers, in whatever wrappers a framework put them.
+            optimizers: Its optimizers.
             epoch: Number of epochs finished.
             step: Number of optimizer steps done.
             project: False to only measure.
+            due: Whether to measure; by default at every n-th epoch.
+            log_step: The x of the loggers, if it is not the step.
 
         Returns:
-            Tags and plain floats for any logger, those of `Report.scalars` and, after a projection,
-            `ww/distance_mean`, `ww/strength` and `ww_distance/<layer>` (distance to criticality
-            before it); and `ww/seconds`, what all this took. Empty if nothing was due.
+            Tags and plain floats for any logger: those of `Report.scalars`, layers only if they were
+            measured now, summaries over the latest numbers of all; `ww/num_measured`, `ww/seconds`
+            and `ww/overhead`, what measuring took now and as a fraction of the training time so far;
+            after a projection `ww/distance_mean`, `ww/strength` and `ww_distance/<layer>` (distance
+            to criticality before it). Empty if nothing was due or affordable.
         """
-        started = time.perf_counter()
-        scalars = self._project(model, optimizers) if project else {}
-        if epoch % self.every_n_epochs == 0:
-            try:
-                self.report = measure(model, randomize=self.randomize, seed=self.seed)
-                scalars |= self.report.scalars()
-                self._check(self.report)
-            except Exception as error:
-                self._warn_once("measure", f"no spectra in epoch {epoch}: {error!r}")
-        if scalars:
-            scalars["ww/seconds"] = time.perf_counter() - started
-            self.history.append({"epoch": float(epoch), "step": float(step), **scalars})
+        ranks = self._ranks or ranks_of(model)
+        self._warn.silent = not ranks.first
+        if due is None:
+            due = self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
+        with self.budget.interruption(), undisturbed(model):
+            found = list(wwpgds(optimizers)) if project else []
+            warn = partial(self._warn, "project")
+            self.projected = end_epochs(found, model, ranks, warn)
+            scalars = projection_scalars(self.projected)
+            known = known_spectra(self.projected, found, model)
+            with self.budget.watching() as spent:
+                if due:
+                    scalars |= self._measure(model, ranks, epoch, step, known)
+                if scalars:
+                    self.logbook.record({"epoch": float(epoch), "step": float(step), **scalars})
+                if scalars and ranks.first:
+                    x = step if log_step is None else log_step
+                    self.logbook.log(
+                        scalars,
+                        self.report,
+                        epoch=epoch,
+                        step=x,
+                        settings=self.settings,
+                        seconds=self.budget.credit - spent(),
+                        last=False,
+                    )
         return scalars
 
-    def _project(
-        self, model: nn.Module, optimizers: Sequence[Optimizer] | Optimizer
+    def finish(
+        self,
+        model: nn.Module,
+        *,
+        epoch: int,
+        step: int,
+        due: bool = True,
+        log_step: int | None = None,
     ) -> dict[str, float]:
-        scalars: dict[str, float] = {}
-        results: list[Projected | Skipped] = []
-        for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
-            wwpgd = find_wwpgd(optimizer)
-            if wwpgd is None:
-                continue
-            if wwpgd.model is None:
-                wwpgd.model = model
-            try:
-                results += wwpgd.end_epoch()
-            except Exception as error:
-                if wwpgd.strict:
-                    raise
-                self._warn_once("project", f"no projection: {error!r}")
-        self.projected = tuple(results)
-        done = [result for result in results if isinstance(result, Projected)]
-        if done:
-            scalars["ww/distance_mean"] = statistics.fmean(layer.distance for layer in done)
-            scalars["ww/strength"] = done[0].strength
-            scalars |= {f"ww_distance/{layer.name}": layer.distance for layer in done}
+        """Training has ended: measure what is stale, draw, print the summary.
+
+        Args:
+            model: The model.
+            epoch: Number of epochs finished.
+            step: Number of optimizer steps done.
+            due: False if the model now holds other weights than those of the last step.
+            log_step: The x of the loggers, if it is not the step.
+        """
+        due = due and self.at_end
+        scalars = self.boundary(
+            model, epoch=epoch, step=step, project=False, due=due, log_step=log_step
+        )
+        self.draw(epoch=epoch, step=step if log_step is None else log_step)
+        if self.summary and not self._warn.silent and self.report:
+            self.summarise(step).show()
         return scalars
 
-    def _check(self, report: Report) -> None:
-        if not report.layers:
-            self._warn_once("empty", f"no layer to watch ({reasons(report.skipped)})")
-        for layer in report.skipped:
-            if "NaN" in layer.reason:
-                self._warn_once(layer.name, f"layer {layer.name} is not watched: {layer.reason}")
+    def draw(self, *, epoch: int, step: int) -> None:
+        """Let the loggers draw the end of the training; `finish` does so while they are open.
 
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, stacklevel=4)
+        Args:
+            epoch: Number of epochs finished.
+            step: The x of the loggers.
+        """
+        if not self._warn.silent:
+            more = {"settings": self.settings, "seconds": float("inf"), "last": True}
+            self.logbook.log({}, self.report, epoch=epoch, step=step, **more)
 
+    def summarise(self, step: int) -> Summary:
+        """The training so far as a table: `print(monitor.summarise(step).text())`."""
+        line, account = self.timeline, self.budget
+        report = line.report or Report((), ())
+        return Summary(report, line.first, line.measured, step, account.spent, account.overhead)
 
-def find_wwpgd(optimizer: Any) -> WWPGD | None:
-    """The WWPGD inside a framework's wrappers (`.optimizer`, `._optimizer`), or None."""
-    while optimizer is not None:
-        if type(optimizer) is WWPGD:
-            return optimizer
-        inner = optimizer.__dict__.get("optimizer", optimizer.__dict__.get("_optimizer"))
-        if inner is None and isinstance(optimizer, WWPGD):  # a subclass of one's own
-            return optimizer
-        optimizer = inner
-    return None
+    def state_dict(self) -> dict[str, Any]:
+        """History, first and latest verdicts, steps and cost as plain JSON; reports are not kept."""
+        return {
+            "history": self.history,
+            "timeline": self.timeline.state_dict(),
+            "budget": self.budget.state_dict(),
+            "counts": [self._epochs, self._steps],
+            "warned": sorted(self._warn.given),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the run of a checkpoint."""
+        self.logbook.restore(state["history"])
+        self.timeline.load_state_dict(state["timeline"])
+        self.budget.load_state_dict(state["budget"])
+        self._epochs, self._steps = state["counts"]
+        self._warn.given = set(state["warned"])
+
+    def _measure(
+        self, model: nn.Module, ranks: Ranks, epoch: int, step: int, known: Mapping[str, Spectrum]
+    ) -> dict[str, float]:
+        started = self.budget.clock()
+        line, budget = self.timeline, self.budget
+        try:
+            fresh = self.survey.take(
+                model, step=step, timeline=line, budget=budget, ranks=ranks, known=known
+            )
+            if fresh is None:
+                return {}
+            changes = line.update(fresh, step)
+        except Exception as error:
+            self._warn("measure", f"no spectra in epoch {epoch}: {error!r}")
+            return {}
+        report = line.report
+        assert report is not None
+        warn_of_layers(report, fresh, line.alarms(fresh), self._warn)
+        tell(changes, self.on_verdict, self._warn)
+        if asks_to_stop(report, self.early_stop, self._warn):
+            self.should_stop = step > 0
+        latest = report.scalars()
+        scalars = {tag: value for tag, value in latest.items() if tag.startswith("ww/")}
+        scalars |= {t: v for t, v in fresh.scalars().items() if not t.startswith("ww/")}
+        seconds = budget.clock() - started
+        scalars |= {"ww/num_measured": float(len(fresh)), "ww/seconds": seconds}
+        if step > 0 and budget.trained:
+            scalars["ww/overhead"] = (budget.spent + seconds) / budget.trained
+        return scalars

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import zipfile
 
@@ -512,6 +513,33 @@ def test_a_file_cut_short_is_an_error_of_one_line(tmp_path, write, keep):
         text = str(error)
     assert re.search("cut short|damaged|download|no format", text)
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("save", [*SAVERS, "onnx", "dcp"], ids=lambda s: getattr(s, "__name__", s))
+@pytest.mark.filterwarnings("ignore")
+def test_changed_bytes_are_an_error_of_one_line_or_other_values(tmp_path, save):
+    state, generator = {"a.weight": gaussian(20, 12)}, random.Random(0)
+    path = target = tmp_path / "model.onnx"
+    if save == "onnx":
+        weights = ((90, "conv.weight"), (14, "onnx::MatMul_12"), (9, "w3"))
+        onnx.save(onnx_model({name: gaussian(12, n).numpy() for n, name in weights}), str(path))
+    elif save == "dcp":
+        save_dcp(state, tmp_path / "dcp")
+        path, target = tmp_path / "dcp", tmp_path / "dcp" / ".metadata"
+    else:
+        path = target = tmp_path / "w"
+        save(state, path)
+    whole = target.read_bytes()
+    for _ in range(60):
+        changed = bytearray(whole)
+        for _ in range(generator.choice([1, 3, 20])):
+            changed[generator.randrange(len(whole))] = generator.randrange(256)
+        target.write_bytes(changed)
+        try:
+            texts = [layer.reason for layer in measure(path).skipped]
+        except CheckpointError as error:
+            texts = [str(error)]
+        assert all("\n" not in text for text in texts)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from ww_train import measure
 from ww_train.callbacks.loggers import (
     CSVLog,
     LightningLog,
-    TensorBoardLog,
     WandbLog,
     logger_for,
     send,
 )
 from ww_train.callbacks.monitor import SpectralMonitor
+from ww_train.callbacks.tensorboard import Board
 
 from .oracles import gaussian
 
@@ -68,7 +68,7 @@ def test_tensorboard(tmp_path, as_path):
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     target = str(tmp_path) if as_path else tensorboard.SummaryWriter(str(tmp_path))
     log = logger_for(target)
-    assert isinstance(log, TensorBoardLog)
+    assert isinstance(log, Board)
     log(SCALARS, 3)
     log(SCALARS, 6)
     written = events(tmp_path)
@@ -134,7 +134,7 @@ def test_what_takes_no_numbers_is_refused(target):
         SpectralMonitor(log_to=[target])
 
 
-class Board:
+class Painter:
     """A logger that also draws."""
 
     def __init__(self):
@@ -143,12 +143,12 @@ class Board:
     def __call__(self, scalars, step):
         self.seen.append(("scalars", step))
 
-    def log_report(self, report, history, epoch, step):
+    def log_report(self, report, history, epoch, step, **_):
         self.seen.append((report, len(history), epoch, step))
 
 
 def test_a_logger_that_draws_gets_the_report_after_the_numbers():
-    board, report = Board(), measure(model())
+    board, report = Painter(), measure(model())
     send(board, SCALARS, report, [{}, {}], epoch=2, step=9)
     assert board.seen == [("scalars", 9), (report, 2, 2, 9)]
     send(board, SCALARS, None, [], epoch=2, step=9)
@@ -156,7 +156,7 @@ def test_a_logger_that_draws_gets_the_report_after_the_numbers():
 
 
 def test_the_monitor_serves_several_loggers_and_its_history(tmp_path):
-    board, path = Board(), tmp_path / "log.csv"
+    board, path = Painter(), tmp_path / "log.csv"
     monitor = SpectralMonitor(log_to=[board, path])
     scalars = monitor.boundary(model(), epoch=2, step=20, log_step=7)
     assert board.seen == [("scalars", 7), (monitor.report, 1, 2, 7)]
@@ -170,7 +170,7 @@ def test_the_monitor_serves_several_loggers_and_its_history(tmp_path):
 
 def check(target, pattern, **also):
     """Three boundaries with a logger that fails: one warning that says why."""
-    net, board = model(), Board()
+    net, board = model(), Painter()
     monitor = SpectralMonitor(log_to=[target, board])
 
     def run():
@@ -200,7 +200,7 @@ def test_a_log_folder_that_cannot_be_written_warns_once(tmp_path):
 def test_a_read_only_folder_warns_once(tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / "file").write_text("not a folder")
-    check(str(tmp_path / "file" / "runs"), "TensorBoardLog does not take the spectra")
+    check(str(tmp_path / "file" / "runs"), "Board does not take the spectra")
 
 
 def test_without_tensorboard_the_warning_says_what_to_install(tmp_path, monkeypatch):
@@ -209,8 +209,8 @@ def test_without_tensorboard_the_warning_says_what_to_install(tmp_path, monkeypa
 
 
 def test_a_drawing_that_fails_warns_once():
-    class Crooked(Board):
-        def log_report(self, report, history, epoch, step):
+    class Crooked(Painter):
+        def log_report(self, report, history, epoch, step, **_):
             raise ValueError("no pencil")
 
     check(Crooked(), "no pencil")

@@ -3,10 +3,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from ww_train.matrices import Skipped, WeightMatrix, layer_name, weight_matrices
+from ww_train.matrices import (
+    Deferred,
+    Skipped,
+    WeightMatrix,
+    layer_name,
+    slices,
+    weight_matrices,
+)
 
 from .oracles import Experts, gaussian, zoo
 
@@ -399,3 +407,43 @@ def test_a_parametrized_embedding_is_read_without_a_power_step():
     assert matrix.layer_type == "embedding"
     assert matrix.read_only
     assert all(map(torch.equal, before, embedding.buffers()))
+
+
+def test_a_sharded_weight_is_gathered_when_it_is_asked_for(tmp_path):
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        whole = zoo().conv2.weight.detach()
+        conv = nn.Conv2d(*whole.shape[1::-1], whole.shape[2:])
+        conv.weight = nn.Parameter(tensor.distribute_tensor(whole, mesh, [tensor.Shard(0)]))
+        (matrix,) = matrices(nn.Sequential(conv))
+        (expected,) = matrices({"0.weight": whole})
+        assert matrix.deferred
+        assert matrix.collective
+        assert (matrix.shape, matrix.dtype) == (expected.shape, expected.dtype)
+        assert torch.equal(matrix.stack, expected.stack)
+        parts = [part.stack for part in slices(matrix)]
+        assert torch.equal(torch.cat(parts), expected.stack)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_deferred_layer_is_read_at_each_access_and_kept_by_nobody():
+    reads = []
+
+    def load():
+        reads.append(1)
+        return gaussian(24, 10).view(2, 12, 10)
+
+    matrix = WeightMatrix("a", "conv1d", Deferred((2, 12, 10), torch.float32, load))
+    assert (matrix.N, matrix.M, matrix.rf, matrix.num_evals, matrix.max_rank) == (12, 10, 2, 20, 20)
+    first, second = slices(matrix)
+    assert (first.name, second.slice_id, reads) == ("a[0]", 1, [])
+    assert torch.equal(second.stack, matrix.stack[1:])
+    assert len(reads) == 2
+    loaded = matrix.loaded()
+    assert len(reads) == 3
+    assert loaded.stack is loaded.stack
+    assert loaded.loaded() is loaded

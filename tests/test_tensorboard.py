@@ -73,9 +73,13 @@ def transformer(layers):
     return [f"model.layers.{i // 4}.{parts[i % 4]}" for i in range(layers)]
 
 
-def write(folder, report, epochs=1, **options):
-    """What a board writes of some epochs that are all alike; the history."""
-    board, history = Board(folder), []
+def never(count):
+    return False
+
+
+def write(folder, report, epochs=1, due=never, **options):
+    """Let a board write some epochs that are all alike."""
+    board, history = Board(folder, due=due), []
     for n in range(epochs):
         scalars = report.scalars() | {"ww/seconds": 0.1}
         history.append({"epoch": float(n), "step": 10.0 * n, **scalars})
@@ -83,7 +87,6 @@ def write(folder, report, epochs=1, **options):
         again = Report(report.layers, report.skipped)  # every measurement makes a new one
         board.log_report(again, history, n, 10 * n, **options)
     board.close()
-    return history
 
 
 def read(folder):
@@ -125,7 +128,8 @@ def text(event):
 
 def test_a_training_of_three_layers(tmp_path):
     model = mlp()
-    with SpectralMonitor(model, log_to=Board(tmp_path), budget=None, summary=False) as monitor:
+    board = Board(tmp_path, due=never)
+    with SpectralMonitor(model, log_to=board, budget=None, summary=False) as monitor:
         for _ in range(3):
             with torch.no_grad():
                 model[0].weight.mul_(1.1)
@@ -273,7 +277,7 @@ def test_the_histogram_counts_every_alpha_once(tmp_path, model_of):
 
 
 def test_figures_are_images_and_drawn_when_due(tmp_path, model_of):
-    write(tmp_path, model_of(["fc1", "fc2"]), epochs=5)
+    write(tmp_path, model_of(["fc1", "fc2"]), epochs=5, due=power_of_two)
     events = read(tmp_path)
     names = {"alpha_histogram", "correlation_flow", "heat_map"}
     expected = {f"ww_figures/{x}" for x in names} | {"ww_spectra/worst_1", "ww_spectra/worst_2"}
@@ -343,16 +347,18 @@ def test_a_chosen_layer_that_is_not_there_warns_once_and_the_rest_is_drawn(tmp_p
 def test_figures_do_not_pile_up(tmp_path, model_of):
     def open_figures():
         gc.collect()
-        return sum(isinstance(thing, Figure) for thing in gc.get_objects())
+        return sum(type(thing) is Figure for thing in gc.get_objects())
 
     before = open_figures()
-    write(tmp_path, model_of(["fc1", "fc2"]), epochs=2)
+    write(tmp_path, model_of(["fc1", "fc2"]), due=power_of_two)
     assert open_figures() == before
 
 
 def test_the_text_is_a_table_of_the_worst_layers(tmp_path, model_of):
     report = model_of(transformer(40))
-    write(tmp_path, report, settings={"budget": 0.01, "layers": None})
+    write(
+        tmp_path, report, seconds=0.0, due=power_of_two, settings={"budget": 0.01, "layers": None}
+    )
     (event,) = read(tmp_path).Tensors("ww/summary/text_summary")
     page = rendered(text(event))
     assert report.verdict in page

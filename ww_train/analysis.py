@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -17,25 +16,23 @@ from tqdm.auto import tqdm
 from ww_train.confidence import confidence
 from ww_train.divergence import jensen_shannon_distance
 from ww_train.erg import erg_tail
-from ww_train.linalg import Eigensolver, Job, decompose, gram_eigenvalues, svd_eigenvalues
+from ww_train.linalg import Eigensolver, decompose, gram_eigenvalues, svd_eigenvalues
 from ww_train.localization import vector_metrics
 from ww_train.marchenko_pastur import BulkFit, fit_mp
 from ww_train.matrices import (
     Skipped,
     Source,
     WeightMatrix,
-    delta,
     reasons,
     slices,
-    weight_matrices,
 )
+from ww_train.planning import Plan, by_name, plan_layer, selected
 from ww_train.power_law import TailFit, fit_power_law
 from ww_train.report import LayerReport, Report
-from ww_train.selection import Layers, select
+from ww_train.selection import Layers
 from ww_train.spectrum import Array, Spectrum
-from ww_train.stored import CheckpointError, Deferred
 from ww_train.trap_causes import TrapCause, trap_causes
-from ww_train.traps import average_traps, count_traps, shuffle
+from ww_train.traps import average_traps, count_traps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,11 +106,11 @@ def measure(
             "inverse=True has no random bulk, traps or vectors; measure them without it"
         )
     skipped: list[tuple[int, Skipped]] = []
-    plans: list[_Plan] = []
-    base = None if base_model is None else _by_name(base_model, pool)
-    for layer_id, matrix in _selected(model, layers, types):
+    plans: list[Plan] = []
+    base = None if base_model is None else by_name(base_model, pool)
+    for layer_id, matrix in selected(model, layers, types):
         for part in [matrix] if pool or isinstance(matrix, Skipped) else slices(matrix):
-            plan = _plan(layer_id, part, base, min_evals, max_evals, max_N)
+            plan = plan_layer(layer_id, part, base, min_evals, max_evals, max_N)
             if isinstance(plan, Skipped):
                 skipped.append((layer_id, plan))
             else:
@@ -179,7 +176,7 @@ def describe(
     max_evals: int | None = 15000,
     max_N: int | None = None,
 ) -> pd.DataFrame:
-    """What `analyze` would analyse, without decomposing anything.
+    """What `analyze` would analyse, without decomposing anything; of a file only headers are read.
 
     Takes the arguments of `measure` that choose layers.
 
@@ -190,8 +187,8 @@ def describe(
     import pandas as pd
 
     rows = []
-    for layer_id, matrix in _selected(model, layers, types):
-        plan = _plan(layer_id, matrix, None, min_evals, max_evals, max_N)
+    for layer_id, matrix in selected(model, layers, types):
+        plan = plan_layer(layer_id, matrix, None, min_evals, max_evals, max_N)
         row = {"layer_id": layer_id, "longname": matrix.name}
         if isinstance(matrix, WeightMatrix):
             row |= {
@@ -222,86 +219,7 @@ def esd(model: Source, layer: str | int) -> Array:
     return report.layers[0].spectrum.evals
 
 
-class _Plan:
-    """One layer to decompose, and its weights while they are in memory for it.
-
-    Weights that are in a file, sharded or the difference to a base model are loaded once, when the
-    layer's turn comes, and kept until its report is finished.
-    """
-
-    def __init__(self, layer_id: int, matrix: WeightMatrix, base: WeightMatrix | None) -> None:
-        self.layer_id = layer_id
-        self.matrix = matrix
-        self.base = base
-        self.failure: str | None = None
-        self.eps = torch.finfo(matrix.dtype).eps
-        self._loaded: WeightMatrix | None = None
-
-    def weights(self) -> WeightMatrix:
-        """The layer or its difference to the base, in memory."""
-        if self._loaded is not None:
-            return self._loaded
-        return self.matrix.loaded() if self.base is None else delta(self.matrix, self.base)
-
-    def load(self) -> None:
-        """Read, gather or subtract; what cannot be read becomes a failure with its reason."""
-        try:
-            with torch.no_grad():
-                matrix = self.matrix.loaded()
-                self._loaded = matrix if self.base is None else self._difference(matrix)
-        except CheckpointError as error:
-            self.failure = str(error)
-
-    def _difference(self, matrix: WeightMatrix) -> WeightMatrix:
-        assert self.base is not None
-        difference = delta(matrix, self.base)
-        size = float(difference.stack.norm())
-        if size > 0.0:
-            # the difference carries the rounding of the weights, which are larger
-            self.eps *= float(matrix.stack.to(torch.float64).norm()) / size
-        return difference
-
-    def release(self) -> None:
-        """Let go of the weights."""
-        self._loaded = None
-
-    def job(self, seeds: range, *, own: bool) -> Job:
-        """Its own spectrum, unless that is known, and those of its shuffles."""
-
-        def stacks() -> Iterator[Tensor]:
-            if self.failure is not None:
-                return
-            if own:
-                yield self.weights().stack if core is None else core()
-            for seed in seeds:
-                yield shuffle(self.weights().stack, seed, self.matrix.name)
-
-        core = self._core()
-        m, base = self.matrix, self.base
-        if base is None and (not m.deferred or (core is not None and not seeds)):
-            return Job(stacks, m.M, m.device)
-        size = math.prod(m.shape) * (m.dtype.itemsize if base is None else 8)
-        collective = m.collective or (base is not None and base.collective)
-        return Job(stacks, m.M, m.device, self.load, self.release, size, collective)
-
-    def _core(self) -> Callable[[], Tensor] | None:
-        """Makes a small matrix of the same positive eigenvalues, where the layer has one."""
-        weights = self.matrix.weights
-        return weights.core if isinstance(weights, Deferred) and self.base is None else None
-
-    def spectrum(self, slices: Tensor) -> Spectrum:
-        """The pooled spectrum of some of the layer's slices, from their `(number, k)` eigenvalues.
-
-        Where fewer than M of a slice were computed, the others are zero.
-        """
-        m = self.matrix
-        evals: Array = np.zeros((len(slices), m.M))
-        evals[:, m.M - slices.shape[1] :] = slices.numpy()
-        evals = np.sort(evals, axis=None)
-        return Spectrum(evals * m.scale**2, m.N, m.M, len(slices), self.eps)
-
-
-def _fitted(plan: _Plan, own: Spectrum, fit: TailFit) -> LayerReport:
+def _fitted(plan: Plan, own: Spectrum, fit: TailFit) -> LayerReport:
     """The layer's report with what every layer has: the tails of the power law and of the ERG."""
     tail = fit(own.positive)
     if tail and (tail.alpha - 1.0) * own.resolution > 1.0:
@@ -311,7 +229,7 @@ def _fitted(plan: _Plan, own: Spectrum, fit: TailFit) -> LayerReport:
     return LayerReport(plan.layer_id, m.name, m.layer_type, own, tail, erg, slice_id=m.slice_id)
 
 
-def _randomized(plan: _Plan, report: LayerReport, shuffles: list[Tensor], seed: int) -> LayerReport:
+def _randomized(plan: Plan, report: LayerReport, shuffles: list[Tensor], seed: int) -> LayerReport:
     """The report with what the layer's shuffles tell."""
     first = plan.spectrum(shuffles[0])
     return replace(
@@ -322,59 +240,7 @@ def _randomized(plan: _Plan, report: LayerReport, shuffles: list[Tensor], seed: 
     )
 
 
-def _selected(
-    model: Source, layers: Layers, types: str | tuple[str, ...]
-) -> Iterator[tuple[int, WeightMatrix | Skipped]]:
-    found = list(weight_matrices(model))
-    if layers is None and not types:
-        yield from enumerate(found)
-        return
-    kinds = [m.layer_type if isinstance(m, WeightMatrix) else "skipped" for m in found]
-    names = [m.name for m in found]
-    for i, chosen in enumerate(select(list(zip(names, kinds, strict=True)), layers, types)):
-        if chosen:
-            yield i, found[i]
-
-
-def _by_name(model: Source, pool: bool) -> dict[str, WeightMatrix]:
-    found = [m for m in weight_matrices(model) if isinstance(m, WeightMatrix)]
-    return {part.name: part for m in found for part in ([m] if pool else slices(m))}
-
-
-def _plan(
-    layer_id: int,
-    matrix: WeightMatrix | Skipped,
-    base: dict[str, WeightMatrix] | None,
-    min_evals: int,
-    max_evals: int | None,
-    max_N: int | None,
-) -> _Plan | Skipped:
-    if isinstance(matrix, Skipped):
-        return matrix
-    name, num = matrix.name, matrix.num_evals
-    if base is None and matrix.max_rank < min(num, min_evals):
-        return Skipped(
-            name,
-            f"{matrix.max_rank} positive eigenvalues by its rank, fewer than min_evals={min_evals}",
-        )
-    if num < min_evals:
-        return Skipped(name, f"{num} eigenvalues, fewer than min_evals={min_evals}")
-    if max_evals is not None and num > max_evals:
-        return Skipped(name, f"{num} eigenvalues, more than max_evals={max_evals}")
-    if max_N is not None and max_N < matrix.N:
-        return Skipped(name, f"N = {matrix.N}, more than max_N={max_N}")
-    if base is None:
-        return _Plan(layer_id, matrix, None)
-    partner = base.get(name)
-    if partner is None:
-        return Skipped(name, "the base model has no layer of this name")
-    if partner.shape != matrix.shape:
-        shapes = f"{matrix.shape} here, {partner.shape} in the base model"
-        return Skipped(name, f"shape {shapes}")
-    return _Plan(layer_id, matrix, partner)
-
-
-def _traps(plan: _Plan, shuffles: list[Tensor], seed: int) -> dict[str, Any]:
+def _traps(plan: Plan, shuffles: list[Tensor], seed: int) -> dict[str, Any]:
     """Traps of each shuffle, and for the first one their causes, slice by slice."""
     traps = [
         count_traps(plan.spectrum(evals), seed + i, [plan.spectrum(part[None]) for part in evals])

@@ -85,21 +85,36 @@ def read_file(path: Path) -> Catalogue:
         )
     with path.open("rb") as file:
         head = file.read(64)
+    return _read(_reader(path, head), path)
+
+
+def _read(reader: Reader, path: Path) -> Catalogue:
+    """What a reader gives; there is nothing that the parsers of damaged files do not raise."""
+    try:
+        return reader(path)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
+        raise CheckpointError(
+            f"{path} is damaged or cut short ({text}): copy or download it again"
+        ) from error
+
+
+def _reader(path: Path, head: bytes) -> Reader:
     if path.suffix == ".onnx" and head:
-        return onnx_model(path)
+        return onnx_model
     for magic, reader in MAGIC:
         if head.startswith(magic):
-            return reader(path)
+            return reader
     if head.startswith(b"PK\x03\x04"):
-        return _archive(path)
+        return _archive
     if head[8:9] == b"{":
-        return safetensors(path)
+        return safetensors
     raise CheckpointError(f"{path} {_unknown(path, head)}")
 
 
 def _archive(path: Path) -> Catalogue:
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is cut short: copy or download it again")
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if "model.weights.h5" in names:
@@ -125,7 +140,7 @@ def _folder(folder: Path) -> tuple[Catalogue, dict[str, Any] | None]:
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder), configuration(folder / "adapter_config.json")
     if (folder / ".metadata").is_file():
-        return distributed(folder), None
+        return _read(distributed, folder), None
     groups = [_candidates(folder, pattern) for pattern in PREFERENCE]
     groups = [group for group in groups if group]
     if not groups:

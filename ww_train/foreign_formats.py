@@ -57,10 +57,7 @@ def onnx_model(path: Path) -> Catalogue:
     exporter's number ("onnx::MatMul_12") is replaced by the path of the node that uses the weight.
     """
     onnx = _needed("onnx", path)
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf has its own
-        raise CheckpointError(f"{path} is no ONNX model or damaged: export it again") from error
+    model = onnx.load(str(path), load_external_data=False)
     users = {name: node for node in model.graph.node for name in node.input}
     found: Catalogue = {}
     for tensor in model.graph.initializer:
@@ -108,16 +105,13 @@ def gguf_file(path: Path) -> Catalogue:
     Of Llama and its relatives under the names of the transformers library, else under GGUF's own.
     """
     gguf = _needed("gguf", path)
-    try:
-        reader = gguf.GGUFReader(str(path))
-        field = reader.get_field("general.architecture")
-        llama = field is not None and str(field.contents()) in LLAMA_LIKE
-        entries = [
-            (t.name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type, int(t.data_offset))
-            for t in reader.tensors
-        ]
-    except (ValueError, IndexError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short: download it again") from error
+    reader = gguf.GGUFReader(str(path))
+    field = reader.get_field("general.architecture")
+    llama = field is not None and str(field.contents()) in LLAMA_LIKE
+    entries = [
+        (t.name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type, int(t.data_offset))
+        for t in reader.tensors
+    ]
     found: Catalogue = {}
     for name, shape, kind, offset in entries:
         key = _gguf_name(name, llama)
@@ -168,15 +162,12 @@ def _gguf_tensor(
 def _hdf5(path: Path) -> Iterator[Any]:
     """The HDF5 file, also the one inside a .keras archive."""
     h5py = _needed("h5py", path)
-    try:
-        with ExitStack() as stack:
-            inner: Any = path
-            if zipfile.is_zipfile(path):
-                archive = stack.enter_context(zipfile.ZipFile(path))
-                inner = stack.enter_context(archive.open("model.weights.h5"))
-            yield stack.enter_context(h5py.File(inner, "r"))
-    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is damaged or cut short: save or copy it again") from error
+    with ExitStack() as stack:
+        inner: Any = path
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            inner = stack.enter_context(archive.open("model.weights.h5"))
+        yield stack.enter_context(h5py.File(inner, "r"))
 
 
 def keras_file(path: Path) -> Catalogue:

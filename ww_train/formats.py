@@ -120,13 +120,12 @@ def torch_file(path: Path) -> Catalogue:
     try:
         tree = _unpickled(path)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None:
+            raise
         raise CheckpointError(
-            f"{path} holds Python objects that could run code when loaded "
-            f"({_first_line(error)}): save the state_dict() alone, or load the model yourself"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or cut short ({_first_line(error)}): copy or download it again"
+            f"{path} holds Python objects that could run code when loaded ({named[1]}): "
+            "save the state_dict() alone, or load the model yourself"
         ) from error
     if isinstance(tree, Tensor):
         tree = {"W": tree}
@@ -267,8 +266,3 @@ def _array(where: str, open_file: Callable[[], BinaryIO], start: int = 0) -> Sto
         kind = from_numpy(np.empty(0, dtype)).dtype
         return StoredTensor(shape, kind, lambda start, stop: whole()[start:stop])
     return raw_tensor(open_file, where, offset, shape, from_numpy(np.empty(0, dtype)).dtype)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160].rstrip(" .")

@@ -28,7 +28,6 @@ class StoredTensor:
         shape: Its shape.
         dtype: Type of the values that `read` gives; what a rounding error is measured by.
         read: From a range `start, stop` of the first dimension to the values there, contiguous.
-            Raises `CheckpointError` if they cannot be had.
         identity: Equal for two names of one tensor; None if that cannot be told.
         read_only: Why the values are not those that are stored, such as "quantised", or None.
     """
@@ -48,13 +47,24 @@ class StoredTensor:
         """A tensor of this shape and type without values."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
+    def _values(self, start: int, stop: int) -> Tensor:
+        try:
+            return self.read(start, stop)
+        except CheckpointError:
+            raise
+        except (
+            Exception
+        ) as error:  # there is nothing that the parsers of damaged files do not raise
+            text = next(iter(str(error).splitlines()), "")[:160]
+            raise CheckpointError(f"cannot be read ({type(error).__name__}: {text})") from error
+
     def part(self, view: Tensor) -> Tensor:
         """The values of `view`, a view of `like()`, from the rows of the first dimension it covers."""
         row = math.prod(self.shape[1:])
         first = view.storage_offset()
         last = first + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
         start = first // row
-        values = self.read(start, last // row + 1).contiguous()
+        values = self._values(start, last // row + 1).contiguous()
         offset = values.storage_offset() + first - start * row
         return values.as_strided(view.shape, view.stride(), offset)
 

@@ -1,0 +1,185 @@
+"""Measuring as much of a model as a budget allows, by one process or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from ww_train import Report, measure
+from ww_train.matrices import WeightMatrix, weight_matrices
+from ww_train.selection import Layers, select
+from ww_train.spectrum import Spectrum
+
+from .budget import FIT, Budget, Candidate, Plan, decomposition_work, plan
+from .sharing import Ranks
+from .timeline import Timeline
+
+MIN_EVALS, MAX_EVALS = 8, 15000
+"""Layers outside are skipped by `ww_train.measure` and cost nothing."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A matrix of a model.
+
+    Attributes:
+        layer_id: Its position.
+        name: Its name.
+        work: Operations of its decomposition; 0 if it is skipped.
+    """
+
+    layer_id: int
+    name: str
+    work: float
+
+
+class Survey:
+    """What is measured of a model; the arguments are those of `ww_train.measure`."""
+
+    def __init__(
+        self, *, layers: Layers, randomize: int, vectors: bool, replicates: int, seed: int
+    ) -> None:
+        self.layers = layers
+        self.randomize = randomize
+        self.vectors = vectors
+        self.replicates = replicates
+        self.seed = seed
+        self._parameters: list[tuple[str, torch.Size]] = []
+        self._entries: tuple[Entry, ...] = ()
+
+    def take(
+        self,
+        model: nn.Module,
+        *,
+        step: int,
+        timeline: Timeline,
+        budget: Budget,
+        ranks: Ranks,
+        known: Mapping[str, Spectrum],
+    ) -> Report | None:
+        """Measure what is not of this step already and can be afforded; the same on all ranks.
+
+        Args:
+            model: The model.
+            step: The present step.
+            timeline: When each layer was measured last.
+            budget: Pays.
+            ranks: Who measures; the first one plans.
+            known: Spectra of this moment, by layer name.
+
+        Returns:
+            The report of what was measured; None if nothing was.
+
+        Raises:
+            Exception: Whatever went wrong, on every rank.
+        """
+        mine = _attempt(lambda: self._plan(model, step, timeline, budget, known))
+        chosen = ranks.agree(mine)
+        if isinstance(chosen, str):
+            raise RuntimeError(chosen)
+        if chosen is None:
+            return None
+        started = budget.clock()
+        costs = {entry.layer_id: entry.work for entry in self._entries}
+        parts = []
+        for layer_ids, shuffles in ((chosen.whole, int(self.randomize)), (chosen.spectra, 0)):
+            if layer_ids:
+                take = partial(self._measure, model, known, shuffles)
+                parts.append(ranks.share(take, layer_ids, [costs.get(i, 0.0) for i in layer_ids]))
+        if chosen.work:
+            budget.learn(chosen.work, budget.clock() - started)
+        return Report(
+            tuple(layer for part in parts for layer in part),
+            tuple(layer for part in parts for layer in part.skipped),
+        )
+
+    def _measure(
+        self, model: nn.Module, known: Mapping[str, Spectrum], shuffles: int, layer_ids: list[int]
+    ) -> Report:
+        return measure(
+            model,
+            layers=layer_ids,
+            randomize=shuffles,
+            vectors=self.vectors,
+            replicates=self.replicates,
+            seed=self.seed,
+            spectra=known,
+        )
+
+    def _plan(
+        self,
+        model: nn.Module,
+        step: int,
+        timeline: Timeline,
+        budget: Budget,
+        known: Mapping[str, Spectrum],
+    ) -> Plan | None:
+        entries = self._look_up(model)
+        counted = timeline.shuffled if self.randomize else timeline.measured
+        stale = [x for x in entries if counted.get(x.name) != step or x.name in known]
+        if entries and not stale:
+            return None
+        free = () if self.vectors else known  # localisation needs a decomposition of its own
+        layers = [
+            Candidate(
+                entry.layer_id,
+                0.0 if not entry.work else FIT if entry.name in free else FIT + entry.work,
+                int(self.randomize) * entry.work,
+                timeline.measured.get(entry.name, -1),
+                counted.get(entry.name, -1),
+            )
+            for entry in stale
+        ]
+        chosen = plan(layers, budget.affordable)
+        return chosen if chosen.whole or chosen.spectra or not entries else None
+
+    def _look_up(self, model: nn.Module) -> tuple[Entry, ...]:
+        """The matrices of the model, found again only when its parameters are others."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
+        parameters = [(name, p.shape) for name, p in model.named_parameters()]
+        if not self._entries or parameters != self._parameters:
+            found = list(weight_matrices(model))
+            chosen = select([(x.name, "") for x in found], self.layers)
+            self._entries = tuple(
+                Entry(i, x.name, _work(x) if isinstance(x, WeightMatrix) else 0.0)
+                for i, x in enumerate(found)
+                if chosen[i]
+            )
+            self._parameters = parameters
+        return self._entries
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """No gradients and no automatic casting, whatever the training loop has switched on.
+
+    Work that an accelerator still has queued is awaited first: it is not the cost of watching.
+    """
+    kinds = {p.device.type for p in model.parameters()} if isinstance(model, nn.Module) else set()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", *kinds} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if kinds - {"cpu", "meta"}:
+            torch.accelerator.synchronize()
+        yield
+
+
+def _work(matrix: WeightMatrix) -> float:
+    if not MIN_EVALS <= matrix.num_evals <= MAX_EVALS:
+        return 0.0
+    return decomposition_work(matrix.N, matrix.M, matrix.rf)
+
+
+def _attempt(make: Callable[[], Plan | None]) -> Plan | str | None:
+    """The plan or what went wrong: a rank that raised would leave the others waiting."""
+    try:
+        return make()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

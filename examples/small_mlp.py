@@ -1,0 +1,138 @@
+"""What the scripts about training share: an MLP, data in memory, the loop, the errors, the spectra."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from datasets import NAMES, load
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import trange
+
+from ww_train import measure
+
+HIDDEN = ("fc1", "fc2")
+"""The layers whose spectra are read; the head has only ten eigenvalues."""
+
+METRICS = ("alpha", "D", "ERG_gap", "traps")
+"""What `spectra` gives for each layer, as columns such as `alpha_fc1`."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Flat images and integer labels."""
+
+    x: Tensor
+    y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+    def with_noise(self, share: float, seed: int) -> Data:
+        """This share of the training labels drawn anew, so that a tenth of them stay right."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(self.y), generator=generator)[: round(share * len(self.y))]
+        drawn = torch.randint(10, (len(chosen),), generator=generator)
+        y = self.y.clone()
+        y[chosen.to(y.device)] = drawn.to(y.device)
+        return replace(self, y=y)
+
+
+def read(args: argparse.Namespace) -> Data:
+    """The data that the arguments ask for: the first `samples` training images, and all test images."""
+    train, test = (part.tensors for part in load(args.dataset, args.data_dir))
+    if args.samples is not None and not 0 < args.samples <= len(train[0]):
+        raise SystemExit(f"--samples {args.samples}: {args.dataset} has 1 to {len(train[0])}")
+    tensors = (*(t[: args.samples] for t in train), *test)
+    return Data(*(t.to(args.device) for t in tensors))
+
+
+def mlp(data: Data, widths: tuple[int, int], seed: int) -> nn.Sequential:
+    """Two hidden layers named fc1 and fc2, and a head of ten classes."""
+    torch.manual_seed(seed)
+    first, second = widths
+    layers = OrderedDict(
+        fc1=nn.Linear(data.x.shape[1], first),
+        relu1=nn.ReLU(),
+        fc2=nn.Linear(first, second),
+        relu2=nn.ReLU(),
+        head=nn.Linear(second, 10),
+    )
+    return nn.Sequential(layers).to(data.x.device)
+
+
+def train(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    data: Data,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    title: str,
+) -> Iterator[int]:
+    """Train on the cross-entropy; gives the number of epochs done, after each. Stops at a NaN loss."""
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in (bar := trange(1, epochs + 1, desc=title, unit="epoch")):
+        for batch in torch.randperm(len(data.y), generator=generator).split(batch_size):
+            batch = batch.to(data.y.device)
+            loss = cross_entropy(model(data.x[batch]), data.y[batch])
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        last = loss.item()
+        bar.set_postfix(loss=f"{last:.2g}", refresh=False)
+        if not math.isfinite(last):
+            return
+        yield epoch
+
+
+@torch.no_grad()
+def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Wrong answers in percent."""
+    return 100.0 * float((model(x).argmax(1) != y).float().mean())
+
+
+def state(model: nn.Module, data: Data) -> dict[str, float]:
+    """Errors and spectra: one row of a table."""
+    errors = {
+        "train_error": error(model, data.x, data.y),
+        "test_error": error(model, data.test_x, data.test_y),
+    }
+    return errors | spectra(model)
+
+
+def spectra(model: nn.Module) -> dict[str, float]:
+    """`METRICS` of the hidden layers; NaN where there is no power law. One shuffle for the traps."""
+    row = {f"{metric}_{name}": math.nan for name in HIDDEN for metric in METRICS}
+    for layer in measure(model, layers=list(HIDDEN), randomize=True):
+        found = (layer.alpha, layer.fit and layer.fit.D, layer.ERG_gap, layer.num_traps)
+        for metric, value in zip(METRICS, found, strict=True):
+            row[f"{metric}_{layer.name}"] = math.nan if value is None else float(value)
+    return row
+
+
+def due(step: int, last: int, per_decade: int = 10) -> bool:
+    """Whether to measure at this step: evenly on a logarithmic axis, and at the last step."""
+    grid = {round(10 ** (i / per_decade)) for i in range(int(per_decade * math.log10(last)) + 1)}
+    return step == last or step in grid
+
+
+def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """The arguments that all these scripts have."""
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    parser.add_argument("--dataset", choices=NAMES, default="digits")
+    parser.add_argument("--data-dir", help="folder with the IDX files of (fashion-)mnist")
+    parser.add_argument("--samples", type=int, help="train on the first so many images only")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--out", type=Path, default=Path("runs", name), help="folder of the results")
+    return parser
