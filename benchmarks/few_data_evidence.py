@@ -36,8 +36,8 @@ from torch import Tensor
 from torch.optim import AdamW, lr_scheduler
 
 from ww_train import WWPGD, ManifoldProjection, fit_power_law
-from ww_train.projection import Move
 from ww_train.spectrum import Spectrum
+from ww_train.steering.projection import Move
 
 IMAGES, BATCH, EVERY = 1000, 32, 100
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ww_train import WWPGD, Report, measure
 from ww_train.callbacks.monitor import SpectralMonitor
 from ww_train.linalg import gram, symmetric_eigenvalues
-from ww_train.steering import Task, project_all_
+from ww_train.steering.tasks import Task, project_all_
 
 PEAKS = {"H100": (67e12, 3.35e12), "H200": (67e12, 4.8e12), "A100": (19.5e12, 2.0e12)}
 """Float64 operations (tensor cores) and bytes a second, by the vendor's data sheets."""

@@ -30,9 +30,9 @@ from torch.optim import SGD
 from ww_pgd import ww_pgd_
 
 from ww_train import WWPGD
-from ww_train.manifold_projection import ManifoldProjection
-from ww_train.projection import Projection
-from ww_train.tail_projection import TailProjection
+from ww_train.steering.manifold_projection import ManifoldProjection
+from ww_train.steering.projection import Projection
+from ww_train.steering.tail_projection import TailProjection
 
 MLP_NAME, LARGE_NAME = "MLP 784-512-512-10", "2048 x 2048"
 

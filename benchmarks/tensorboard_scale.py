@@ -131,9 +131,8 @@ def main() -> None:
         skip(error)
     epochs = list(training(args.layers, args.epochs))
     print(f"{args.layers} layers, {args.epochs} epochs\n")
-    print(
-        f"{'':24}{'runs':>5}{'files':>6}{'tags':>7}{'MB':>7}{'ms/epoch':>10}{'slowest':>10}{'load s':>8}"
-    )
+    columns = f"{'runs':>5}{'files':>6}{'tags':>7}{'MB':>7}{'ms/epoch':>10}{'slowest':>10}"
+    print(f"{'':24}{columns}{'load s':>8}")
     costs = {}
     for name, kind, draw in (
         ("board, no figures", Board, False),

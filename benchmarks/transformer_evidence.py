@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, lr_scheduler
 
 from ww_train import WWPGD, ManifoldProjection, Ramp
-from ww_train.momentum import project, reset
-from ww_train.schedules import Strength
-from ww_train.tail_projection import TailProjection
+from ww_train.steering.momentum import project, reset
+from ww_train.steering.schedules import Strength
+from ww_train.steering.tail_projection import TailProjection
 
 BATCH, WARM_UP = 32, 100
 

@@ -3,7 +3,7 @@
 For timing (benchmarks/projection_speed.py) and comparison only, faults included. At the end of an
 epoch weightwatcher analyses the whole model on the CPU (`analyze(detX=True)`); then, layer by layer,
 a full singular value decomposition, a Cayley step of the tail towards a power law, a retraction and a
-blend. What is wrong with it, by the numbers that `ww_train.tail_projection` refers to:
+blend. What is wrong with it, by the numbers that `ww_train.steering.tail_projection` refers to:
 
 P1   a linear layer that is the model itself is never found, and nothing happens
 P2   the midpoint rule can only shorten the power-law tail; the paper's tail is the midpoint

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from ww_train import LayerReport, Report
-from ww_train.matrices import reasons
+from ww_train.weights.matrices import reasons
 
 from .early_stopping import StopRule
 from .timeline import Change

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ww_train import Report, measure
-from ww_train.matrices import WeightMatrix, weight_matrices
 from ww_train.selection import Layers, select
 from ww_train.spectrum import Spectrum
+from ww_train.weights.matrices import WeightMatrix, weight_matrices
 
 from .budget import FIT, Budget, Candidate, Plan, decomposition_work, plan
 from .sharing import Ranks

@@ -67,9 +67,9 @@ class Board:
         self._count = 0  # layers of the model
         self._metrics: set[str] = set()
         self._laid_out = False
-        self._owed = False
         self._cost = FIRST_FIGURES
-        self._drawn: Report | None = None
+        self._owed = False  # figures were due, and too expensive
+        self._seen = self._told = self._drawn = 0  # records at the last overview, text, figures
         self._warned = False
 
     def __call__(self, scalars: Mapping[str, float], step: int) -> None:
@@ -96,7 +96,8 @@ class Board:
 
         Args:
             report: The latest numbers of every layer.
-            history: Records of all boundaries so far, with "epoch".
+            history: Records of all boundaries so far, with "epoch". Nothing is written twice for the
+                same number of them.
             epoch: Number of epochs finished.
             step: Step of the scalars.
             settings: Options of the monitor, for the text.
@@ -109,14 +110,18 @@ class Board:
         if not self._laid_out and (epoch or last or len(history) > 1):  # all metrics were seen
             writer.add_custom_scalars(layout([layer.name for layer in report], self._metrics))
             self._laid_out = True
-        if report is not self._drawn:
+        records = len(history)
+        due = last or self.due(records)
+        if records != self._seen:
+            self._seen = records
             self._overview(report, step)
-        due = last or self.due(len(history))
-        if due and report is not self._drawn:
+        if due and records != self._told:
+            self._told = records
             text = panel(report, epoch=epoch, step=step, settings=settings)
             writer.add_text("ww/summary", text, step)
-        self._owed = (self._owed or due) and report is not self._drawn
+        self._owed = (self._owed or due) and records != self._drawn
         if self._owed and (last or self._cost <= seconds / 2):
+            self._owed, self._drawn = False, records
             self._draw(report, history, step)
         writer.flush()
 
@@ -146,7 +151,6 @@ class Board:
     def _draw(self, report: Report, history: Sequence[Mapping[str, float]], step: int) -> None:
         """Draw and add the figures; one that cannot be drawn is left out."""
         started = self.clock()
-        self._owed, self._drawn = False, report
         for tag, make in figures(report, history, self.layers).items():
             try:
                 image = pixels(make())

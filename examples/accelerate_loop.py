@@ -29,7 +29,9 @@ from ww_train import WWPGD, plots
 from ww_train.callbacks.monitor import SpectralMonitor
 
 
-def train(accelerator: Accelerator, args: argparse.Namespace) -> tuple[SpectralMonitor, list[float]]:
+def train(
+    accelerator: Accelerator, args: argparse.Namespace
+) -> tuple[SpectralMonitor, list[float]]:
     """Train; the monitor with what it saw, and the test error in percent of each epoch."""
     train_set, test_set = load(args.dataset, args.data_dir)
     layers = [nn.Linear(train_set[0][0].numel(), 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]

@@ -20,8 +20,8 @@ from outcome import save
 from tiny_gpt import LAYERS, arguments, pretrained, train, validation_loss
 
 from ww_train import plots
-from ww_train.compare import Comparison, compare
-from ww_train.distances import distances
+from ww_train.comparing.comparison import Comparison, compare
+from ww_train.comparing.distances import distances
 
 
 def draw(comparison: Comparison) -> Figure:
@@ -41,7 +41,7 @@ def draw(comparison: Comparison) -> Figure:
     return figure
 
 
-def finding(frame: pd.DataFrame, losses: dict[str, tuple[float, float]]) -> str:
+def finding(frame: pd.DataFrame, losses: dict[str, tuple[float, ...]]) -> str:
     """What happened, in words."""
     changed = ", ".join(f"on {n} from {b:.3f} to {a:.3f}" for n, (b, a) in losses.items())
     nearer = (frame.alpha_finetuned - 2.0).abs() < (frame.alpha_base - 2.0).abs()
@@ -76,7 +76,7 @@ def main() -> None:
     frame = frame.merge(apart, left_on="longname", right_on="name")
     table = frame[[*columns, "cka", "left_overlap", "right_overlap"]]
     losses = {
-        title: (validation_loss(base, t), validation_loss(tuned, t))
+        title: tuple(validation_loss(m, t, windows=args.windows) for m in (base, tuned))
         for title, t in ((name, text), (new_name, new_text))
     }
     save(out, draw(comparison), table, finding(frame, losses), seed=args.seed, device=args.device)

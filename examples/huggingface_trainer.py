@@ -58,6 +58,7 @@ def trainer_for(text: Tensor, args: argparse.Namespace) -> tuple[Trainer, Weight
         eval_strategy="epoch",
         save_strategy="no",
         report_to="tensorboard",
+        dataloader_pin_memory=False,
         use_cpu=args.device == "cpu",
         seed=args.seed,
     )

@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ww_train import measure
-from ww_train.smoothing import svd_smoothing_
-from ww_train.smoothing_rules import AboveBulk, DetXTail, PowerLawTail, Rule, Top
+from ww_train.editing.rules import AboveBulk, DetXTail, PowerLawTail, Rule, Top
+from ww_train.editing.smoothing import svd_smoothing_
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 RULES: dict[str, Rule] = {
@@ -82,9 +82,7 @@ def draw(table: pd.DataFrame, whole: pd.DataFrame, base: float) -> Figure:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--windows", type=int, default=256, help="of validation text (256)")
-    args = parser.parse_args()
+    args = arguments(__doc__, windows=256).parse_args()
     model, (name, text) = pretrained(args)
     base = validation_loss(model, text, windows=args.windows)
     table = by_layer(model, text, base, args.windows)

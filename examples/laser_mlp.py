@@ -26,8 +26,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import trange
 
 from ww_train import WWPGD, measure
-from ww_train.smoothing import svd_smoothing_
-from ww_train.smoothing_rules import DetXTail, Kept, PowerLawTail, Rule, Top
+from ww_train.editing.rules import DetXTail, Kept, PowerLawTail, Rule, Top
+from ww_train.editing.smoothing import svd_smoothing_
 from ww_train.spectrum import Spectrum
 
 HIDDEN = ["0", "2"]

@@ -10,6 +10,7 @@ there is no alpha, and with fewer than 50 it is uncertain.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import warnings
 from pathlib import Path
@@ -31,16 +32,23 @@ TARGETS = ["q", "k", "v", "o", "up", "down"]
 
 
 def adapt(
-    base: TinyGPT, text: Tensor, rank: int, lr: float, steps: int, seed: int
+    base: TinyGPT, text: Tensor, rank: int, lr: float, args: argparse.Namespace
 ) -> tuple[float, Report, Report]:
     """Train an adapter; validation loss, its updates, and the layers with the updates added."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*config.*")  # the model is no Hugging Face one
         model = get_peft_model(copy.deepcopy(base), config)
-        train(model, text, steps=steps, lr=lr, seed=seed, title=f"LoRA rank {rank}, rate {lr:g}")
+        train(
+            model,
+            text,
+            steps=args.steps,
+            lr=lr,
+            seed=args.seed,
+            title=f"LoRA rank {rank}, rate {lr:g}",
+        )
         updates = measure(model, layers="*.lora")
-        loss = validation_loss(model, text)
+        loss = validation_loss(model, text, windows=args.windows)
         return loss, updates, measure(model.merge_and_unload(), layers=LAYERS)
 
 
@@ -98,13 +106,13 @@ def main() -> None:
     rows, alphas = [], {}
     for rank in RANKS:
         for lr in RATES:
-            loss, updates, merged = adapt(base, text, rank, lr, args.steps, args.seed)
+            loss, updates, merged = adapt(base, text, rank, lr, args)
             rows.append(row(rank, lr, loss, updates, merged))
             if found := alphas_of(updates):
                 alphas[f"{rank}, {lr:g}"] = found
             else:
                 print(f"rank {rank}: no alpha ({updates.skipped[0].reason})")
-    table, start = pd.DataFrame(rows), validation_loss(base, text)
+    table, start = pd.DataFrame(rows), validation_loss(base, text, windows=args.windows)
     best, worst = table.loc[table.loss.idxmin()], table.loc[table.loss.idxmax()]
     sentence = (
         f"The loss on {name} of the model trained on {old} fell from {start:.3f} to "

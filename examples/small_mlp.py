@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 from datasets import NAMES, load
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import trange
@@ -75,19 +77,20 @@ def train(
     batch_size: int,
     seed: int,
     title: str,
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
 ) -> Iterator[int]:
-    """Train on the cross-entropy; gives the number of epochs done, after each. Stops at a NaN loss."""
+    """Train; gives the number of epochs done after each of them. Stops where the loss diverges."""
     generator = torch.Generator().manual_seed(seed)
     for epoch in (bar := trange(1, epochs + 1, desc=title, unit="epoch")):
         for batch in torch.randperm(len(data.y), generator=generator).split(batch_size):
             batch = batch.to(data.y.device)
-            loss = cross_entropy(model(data.x[batch]), data.y[batch])
+            value = loss(model(data.x[batch]), data.y[batch])
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             for optimizer in optimizers:
                 optimizer.step()
-        last = loss.item()
+        last = value.item()
         bar.set_postfix(loss=f"{last:.2g}", refresh=False)
         if not math.isfinite(last):
             return
@@ -125,6 +128,34 @@ def due(step: int, last: int, per_decade: int = 10) -> bool:
     return step == last or step in grid
 
 
+def rank_correlation(one: pd.Series, other: pd.Series) -> str:
+    """Spearman's, in words: there is none with a constant."""
+    if one.nunique() < 2 or other.nunique() < 2:
+        return "no rank correlation"
+    return f"rank correlation {one.rank().corr(other.rank()):+.2f}"
+
+
+def draw(ax: Axes, rows: pd.DataFrame, x: str, columns: Mapping[str, str]) -> None:
+    """Columns against x: a dot for each seed, a line through the means; the values are labels."""
+    for i, (column, name) in enumerate(columns.items()):
+        color = f"C{i}"
+        ax.plot(rows[x], rows[column], ".", color=color, alpha=0.5, markersize=4)
+        mean = rows.groupby(x)[column].mean()
+        ax.plot(mean.index, mean, color=color, label=name)
+    if len(columns) > 1:
+        ax.legend(frameon=False, fontsize=8)
+
+
+def draw_alpha(ax: Axes, rows: pd.DataFrame, x: str) -> None:
+    """Alpha of both hidden layers on a logarithmic axis, and where it is critical."""
+    draw(ax, rows, x, {f"alpha_{name}": name for name in HIDDEN})
+    ax.axhline(2.0, color="0.5", linestyle="--", linewidth=1.0)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.set_ylabel("alpha")
+
+
 def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
     """The arguments that all these scripts have."""
     raw = argparse.RawTextHelpFormatter
@@ -133,6 +164,9 @@ def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", help="folder with the IDX files of (fashion-)mnist")
     parser.add_argument("--samples", type=int, help="train on the first so many images only")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seeds", type=int, default=3, help="repeats")
     parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--out", type=Path, default=Path("runs", name), help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs", name), help="folder of the results"
+    )
     return parser

@@ -91,7 +91,7 @@ def rate(done: float) -> float:
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, text: Tensor, *, windows: int = 512) -> float:
+def validation_loss(model: nn.Module, text: Tensor, *, windows: int) -> float:
     """Loss on the first windows of the last tenth, which do not overlap."""
     _, held_out = split(text)
     found = held_out.unfold(0, CONTEXT + 1, CONTEXT)[:windows].to(next(model.parameters()).device)
@@ -99,13 +99,17 @@ def validation_loss(model: nn.Module, text: Tensor, *, windows: int = 512) -> fl
     return float(torch.stack(losses).sum()) / len(found)
 
 
-def arguments(doc: str | None, *, steps: int | None = None) -> argparse.ArgumentParser:
+def arguments(
+    doc: str | None, *, steps: int | None = None, windows: int = 512
+) -> argparse.ArgumentParser:
     """The arguments that all scripts with this model have; `--steps` if they train it further."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
     if steps:
         parser.add_argument("--steps", type=int, default=steps, help=f"of each training ({steps})")
     parser.add_argument("--pretrain-steps", type=int, default=1000, help="of the base model (1000)")
+    held_out = f"of {CONTEXT} characters of validation text ({windows})"
+    parser.add_argument("--windows", type=int, default=windows, help=held_out)
     parser.add_argument("--data-dir", help="folder with tinyshakespeare.txt")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from outcome import save
 
 from ww_train import Report, measure, plots
-from ww_train.checkpoints import CheckpointError
 from ww_train.page import write_page
+from ww_train.weights.checkpoints import CheckpointError
 
 
 def random_model(folder: Path) -> Path:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ww_train import WWPGD, Projected, Skipped, WeightMatrix, measure
-from ww_train.projection import Move, Projection, SpectralProjection
 from ww_train.spectrum import Spectrum
+from ww_train.steering.projection import Move, Projection, SpectralProjection
 
 
 class SingularValueCap(SpectralProjection):

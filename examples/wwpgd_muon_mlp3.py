@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from ww_train import WWPGD, measure
+from ww_train import WWPGD
 from ww_train.callbacks.monitor import SpectralMonitor
 
 OPTIMIZERS = ("AdamW", "WWPGD(AdamW)", "Muon", "WWPGD(Muon)")
@@ -113,9 +113,7 @@ def main() -> None:
         for name, row in table.iterrows()
     )
     sentence = f"Test error on {args.dataset}, mean of {args.seeds} seeds: {said}."
-    save(
-        args.out, draw(runs), table.reset_index(), sentence, seed=args.seed, device=args.device
-    )
+    save(args.out, draw(runs), table.reset_index(), sentence, seed=args.seed, device=args.device)
 
 
 if __name__ == "__main__":

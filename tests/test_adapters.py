@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ww_train import Skipped, WeightMatrix, measure, weight_matrices
-from ww_train.adapters import SUFFIX, scaling
-from ww_train.matrices import CheckpointError, merge
+from ww_train.weights.adapters import SUFFIX, scaling
+from ww_train.weights.matrices import CheckpointError, merge
 
 from .oracles import evals_by_svd, gaussian
 

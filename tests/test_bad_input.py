@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ww_train.analysis import measure
-from ww_train.matrices import weight_matrices
+from ww_train.weights.matrices import weight_matrices
 
 from .oracles import dense, evals_by_svd, gaussian, quick, thorough
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ww_train import Skipped, WeightMatrix, analyze, describe, esd, measure, weight_matrices
-from ww_train.matrices import CheckpointError
+from ww_train.weights.matrices import CheckpointError
 
 from .oracles import evals_by_svd, gaussian, zoo
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from ww_train import measure
 from ww_train.cli import main
-from ww_train.cli_help import glossary
-from ww_train.cli_parser import joined
-from ww_train.conditions import Condition, condition
+from ww_train.cli.conditions import Condition, condition
+from ww_train.cli.help import glossary
+from ww_train.cli.parser import joined
 from ww_train.exports import plain, replacing, to_json, write_bytes
 from ww_train.glossary import DETAILS, HEADLINES, VERDICTS
 from ww_train.tables import fitting, printable, shortened, text
@@ -533,7 +533,7 @@ def test_what_goes_wrong_has_its_exit_code(model, capsys, monkeypatch, raised, c
     def fail(*args, **options):
         raise raised
 
-    monkeypatch.setattr("ww_train.cli_source.measure", fail)
+    monkeypatch.setattr("ww_train.cli.source.measure", fail)
     found, _, err = run(capsys, "analyze", model)
     assert found == code
     assert says in err
@@ -546,7 +546,7 @@ def test_a_warning_is_one_line(model, capsys, monkeypatch):
         warnings.warn("mind\nthe gap", stacklevel=1)
         return measure(*args, **options)
 
-    monkeypatch.setattr("ww_train.cli_source.measure", warn)
+    monkeypatch.setattr("ww_train.cli.source.measure", warn)
     before = warnings.showwarning
     code, _, err = run(capsys, "analyze", model)
     assert (code, err) == (0, "ww-train: warning: mind the gap\n")

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ww_train.analysis import measure
-from ww_train.compare import compare
-from ww_train.readings import METRICS
+from ww_train.comparing.comparison import compare
+from ww_train.comparing.readings import METRICS
 
 from .oracles import gaussian, zoo
 from .peer import contained, import_peer

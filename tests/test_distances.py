@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ww_train.distances import distances, layer_distance
-from ww_train.matrices import Skipped, WeightMatrix
+from ww_train.comparing.distances import distances, layer_distance
 from ww_train.power_law import PowerLaw, fit_power_law
+from ww_train.weights.matrices import Skipped, WeightMatrix
 
 from .oracles import dense, evals_by_svd, gaussian, heavy, zoo
 from .peer import contained, import_peer

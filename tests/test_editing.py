@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from ww_train.editing import Edits, edit_, write_
-from ww_train.matrices import Skipped, WeightMatrix, weight_matrices
+from ww_train.editing.edits import Edits, edit_, write_
+from ww_train.editing.trap_removal import TrapsRemoved
 from ww_train.trap_causes import TrapCause
-from ww_train.trap_removal import TrapsRemoved
+from ww_train.weights.matrices import Skipped, WeightMatrix, weight_matrices
 
 from .oracles import gaussian, zoo
 

@@ -58,7 +58,7 @@ def test_double_descent(folder):
 
 
 def test_finetuning(folder):
-    output, rows = results("finetuning", folder, *TINY, "--steps", "3")
+    output, rows = results("finetuning", folder, *TINY, "--steps", "3", "--windows", "2")
     assert "Python's reference manual is used instead" in output
     assert [row["longname"] for row in rows] == GPT_LAYERS
     assert all(0.0 < float(row["relative_delta"]) < 1.0 for row in rows)
@@ -71,7 +71,7 @@ def test_finetuning(folder):
 
 def test_lora(folder):
     pytest.importorskip("peft")
-    output, rows = results("lora", folder, *TINY, "--steps", "2")
+    output, rows = results("lora", folder, *TINY, "--steps", "2", "--windows", "2")
     assert [(row["rank"], row["rate"]) for row in rows] == [
         (rank, rate) for rank in ("2", "8", "32") for rate in ("0.001", "0.01")
     ]
@@ -147,15 +147,17 @@ def test_the_embedded_texts_are_code_and_prose(corpus):
         assert len(train) // 9 == pytest.approx(len(held_out), abs=1)
 
 
-def test_a_folder_without_the_text_says_what_was_expected(folder, tmp_path):
-    done = run("finetuning", folder, "--data-dir", str(tmp_path))
-    assert done.returncode == 1
-    assert f"no text in {tmp_path}: expected the file tinyshakespeare.txt" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("option", [True, False])
+def test_a_folder_without_the_text_says_what_was_expected(corpus, option, tmp_path, monkeypatch):
+    if not option:
+        monkeypatch.setenv("WW_TRAIN_TEXT", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"expected the file tinyshakespeare\.txt") as refused:
+        corpus.shakespeare(str(tmp_path) if option else None)
+    assert str(tmp_path) in str(refused.value)
 
 
 def test_help(folder):
-    done = run("lora", folder, "--help")
+    done = run("finetuning", folder, "--help")
     assert done.returncode == 0
-    assert "python examples/lora.py" in done.stdout
+    assert "python examples/finetuning.py" in done.stdout
     assert all(option in done.stdout for option in ("--steps", "--data-dir", "--device", "--seed"))

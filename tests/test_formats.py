@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ww_train import Skipped, WeightMatrix, measure, weight_matrices
-from ww_train.formats import naturally
-from ww_train.matrices import CheckpointError
+from ww_train.weights.formats import naturally
+from ww_train.weights.matrices import CheckpointError
 
 from .oracles import Experts, gaussian
 

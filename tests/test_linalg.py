@@ -14,7 +14,7 @@ from ww_train.linalg import (
     svd_eigenvalues,
     symmetric_eigenvalues,
 )
-from ww_train.matrices import weight_matrices
+from ww_train.weights.matrices import weight_matrices
 
 from .oracles import evals_by_svd, gaussian, orthogonal
 

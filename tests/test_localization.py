@@ -13,8 +13,8 @@ from ww_train.localization import (
     vector_entropy,
     vector_metrics,
 )
-from ww_train.matrices import WeightMatrix, weight_matrices
 from ww_train.power_law import fit_power_law
+from ww_train.weights.matrices import WeightMatrix, weight_matrices
 
 from .oracles import evals_by_svd, gaussian, heavy, orthogonal
 from .peer import contained, import_peer

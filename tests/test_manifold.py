@@ -8,15 +8,15 @@ from scipy.optimize import minimize
 
 from ww_train import manifold
 from ww_train.erg import erg_tail
-from ww_train.manifold import (
+from ww_train.power_law import fit_power_law
+from ww_train.spectrum import Spectrum
+from ww_train.steering.manifold import (
     EPSILON,
     critical_spectrum,
     feasible_tail_sizes,
     partial_step,
     template_exponent,
 )
-from ww_train.power_law import fit_power_law
-from ww_train.spectrum import Spectrum
 
 from .oracles import detx_num, evals_by_svd, gaussian, heavy, pareto, power_law_scan, quick
 

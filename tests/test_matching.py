@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ww_train.matching import Matching, match_layers, matched_pairs
-from ww_train.matrices import Skipped, weight_matrices
+from ww_train.comparing.matching import Matching, match_layers, matched_pairs
+from ww_train.weights.matrices import Skipped, weight_matrices
 
 from .oracles import zoo
 

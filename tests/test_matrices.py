@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from ww_train.matrices import (
+from ww_train.weights.matrices import (
     Deferred,
     Skipped,
     WeightMatrix,

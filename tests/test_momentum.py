@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ww_train import WWPGD, ManifoldProjection, Projected, weight_matrices
-from ww_train.momentum import keep, momentum_buffers, project, reset
-from ww_train.steering import Failed
+from ww_train.steering.momentum import keep, momentum_buffers, project, reset
+from ww_train.steering.tasks import Failed
 
 from .oracles import gaussian
 from .training import SIZE, collect, net, sgd, train, wrap

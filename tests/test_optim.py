@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ww_train import WWPGD, ManifoldProjection, Projected
-from ww_train.steering import Failed
+from ww_train.steering.tasks import Failed
 
 from .training import (
     BASES,

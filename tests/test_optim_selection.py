@@ -9,7 +9,7 @@ from torch import nn
 
 from ww_train import WWPGD, ManifoldProjection, Projected, Skipped, measure
 from ww_train.power_law import fit_power_law
-from ww_train.steering import Failed
+from ww_train.steering.tasks import Failed
 
 from .oracles import evals_by_svd
 from .training import SIZE, adamw, collect, weights

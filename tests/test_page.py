@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from ww_train import measure
-from ww_train.esd_svg import BOTTOM, LEFT, RIGHT, TOP, esd_svg
-from ww_train.markup import element
-from ww_train.markup import html as serialised
 from ww_train.page import render, write_page
-from ww_train.page_layers import COLUMNS, GROUPS
-from ww_train.page_summary import worst_first
+from ww_train.page.esd import BOTTOM, LEFT, RIGHT, TOP, esd_svg
+from ww_train.page.layers import COLUMNS, GROUPS
+from ww_train.page.markup import element
+from ww_train.page.markup import html as serialised
+from ww_train.page.summary import worst_first
 from ww_train.report import Report
 from ww_train.spectrum import Spectrum
 from ww_train.tables import printable
@@ -225,11 +225,11 @@ def test_a_model_with_nothing_to_say(report):
 
 
 def test_figures_are_limited_to_the_worst_layers(report, monkeypatch):
-    monkeypatch.setattr("ww_train.page_layers.FIGURES", 2)
+    monkeypatch.setattr("ww_train.page.layers.FIGURES", 2)
     limited = render(report)
     assert limited.count('role="img"') == 2
     assert "Figures are drawn for the worst 2" in limited
-    monkeypatch.setattr("ww_train.page_layers.FIGURES", 4)
+    monkeypatch.setattr("ww_train.page.layers.FIGURES", 4)
     assert render(report).count('role="img"') == 4
 
 

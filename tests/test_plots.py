@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ww_train import Report, TruncatedPowerLaw, measure, plots
-from ww_train.layer_plots import unfolded_spacings
 from ww_train.marchenko_pastur import fit_mp
-from ww_train.plot_style import PURPLE, RED, alpha_range, every_nth, label, short_labels
+from ww_train.plots.layer import unfolded_spacings
+from ww_train.plots.style import PURPLE, RED, alpha_range, every_nth, label, short_labels
 from ww_train.power_law import PowerLaw, PowerLawFit
 
 from .oracles import gaussian, heavy, orthogonal, power_law_scan

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ww_train import ManifoldProjection, Projected, Skipped, WeightMatrix, weight_matrices
-from ww_train.manifold import critical_spectrum, feasible_tail_sizes
 from ww_train.power_law import fit_power_law
-from ww_train.projection import Move, SpectralProjection
+from ww_train.steering.manifold import critical_spectrum, feasible_tail_sizes
+from ww_train.steering.projection import Move, SpectralProjection
 
 from .oracles import dense, evals_by_svd, gaussian, heavy, orthogonal
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from ww_train.readings import METRICS, read_changes
+from ww_train.comparing.readings import METRICS, read_changes
 
 BY_NAME = {metric.name: metric for metric in METRICS}
 

@@ -9,10 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ww_train.analysis import measure
-from ww_train.matrices import CheckpointError, Skipped
-from ww_train.rewriting import rewrite_checkpoint
-from ww_train.smoothing import smooth_checkpoint, smoothed
-from ww_train.smoothing_rules import Top
+from ww_train.editing.rewriting import rewrite_checkpoint
+from ww_train.editing.rules import Top
+from ww_train.editing.smoothing import smooth_checkpoint, smoothed
+from ww_train.weights.matrices import CheckpointError, Skipped
 
 from .oracles import gaussian
 

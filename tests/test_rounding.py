@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ww_train import ManifoldProjection
-from ww_train.rounding import round_to
+from ww_train.steering.rounding import round_to
 
 from .oracles import gaussian, quick
 

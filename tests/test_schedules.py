@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ww_train import Ramp
-from ww_train.schedules import Cosine, check_strength
+from ww_train.steering.schedules import Cosine, check_strength
 
 from .oracles import quick
 

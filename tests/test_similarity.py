@@ -3,8 +3,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from ww_train.matrices import WeightMatrix
-from ww_train.similarity import Decomposed, centred_cka, linear_cka, tail_overlaps, unit
+from ww_train.comparing.similarity import Decomposed, centred_cka, linear_cka, tail_overlaps, unit
+from ww_train.weights.matrices import WeightMatrix
 
 from .oracles import gaussian, orthogonal
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ww_train.analysis import measure
-from ww_train.matrices import weight_matrices
-from ww_train.smoothing import smoothed, svd_smoothing_
-from ww_train.smoothing_rules import AboveBulk, Bottom, DetXTail, PowerLawTail, Top
+from ww_train.editing.rules import AboveBulk, Bottom, DetXTail, PowerLawTail, Top
+from ww_train.editing.smoothing import smoothed, svd_smoothing_
+from ww_train.weights.matrices import weight_matrices
 
 from .oracles import dense, evals_by_svd, gaussian, heavy, zoo
 from .peer import contained, import_peer

@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pytest
 
+from ww_train.editing.rules import AboveBulk, Bottom, DetXTail, PowerLawTail, Top, kept_by
 from ww_train.erg import erg_tail
 from ww_train.marchenko_pastur import EnergyMP, fit_mp
 from ww_train.power_law import PowerLaw, fit_power_law
-from ww_train.smoothing_rules import AboveBulk, Bottom, DetXTail, PowerLawTail, Top, kept_by
 from ww_train.spectrum import Spectrum
 
 from .oracles import detx_num, evals_by_svd, gaussian, heavy

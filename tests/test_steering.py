@@ -19,8 +19,8 @@ from ww_train import (
     weight_matrices,
 )
 from ww_train.power_law import fit_power_law
-from ww_train.projection import Move, SpectralProjection
-from ww_train.steering import Failed, Task, assign, project_all_
+from ww_train.steering.projection import Move, SpectralProjection
+from ww_train.steering.tasks import Failed, Task, assign, project_all_
 
 from .oracles import evals_by_svd, gaussian, quick, zoo
 from .training import assert_projected, collect, net, same, weights

@@ -7,11 +7,11 @@ from torch import nn
 
 from ww_train import WWPGD
 from ww_train.erg import erg_tail
-from ww_train.matrices import Skipped, weight_matrices
 from ww_train.power_law import fit_power_law
-from ww_train.projection import Projected
 from ww_train.spectrum import Spectrum
-from ww_train.tail_projection import TailProjection, log_template, midpoint_tail
+from ww_train.steering.projection import Projected
+from ww_train.steering.tail_projection import TailProjection, log_template, midpoint_tail
+from ww_train.weights.matrices import Skipped, weight_matrices
 
 from .oracles import detx_num, evals_by_svd, gaussian, heavy, pareto, power_law_scan
 from .peer import contained, import_peer

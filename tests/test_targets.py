@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from ww_train import WWPGD, Skipped, WeightMatrix
-from ww_train.targets import chosen, projection_targets, refuse_flattened
+from ww_train.steering.targets import chosen, projection_targets, refuse_flattened
 
 from .oracles import zoo
 

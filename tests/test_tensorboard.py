@@ -84,8 +84,7 @@ def write(folder, report, epochs=1, due=never, **options):
         scalars = report.scalars() | {"ww/seconds": 0.1}
         history.append({"epoch": float(n), "step": 10.0 * n, **scalars})
         board(scalars, 10 * n)
-        again = Report(report.layers, report.skipped)  # every measurement makes a new one
-        board.log_report(again, history, n, 10 * n, **options)
+        board.log_report(report, history, n, 10 * n, **options)
     board.close()
 
 
@@ -296,8 +295,8 @@ def test_powers_of_two():
 
 
 def test_the_last_report_is_drawn_once_whatever_it_costs(tmp_path, model_of):
-    report = model_of(["fc1"])
-    board, history = Board(tmp_path), [{"epoch": 0.0}] * 3
+    report = model_of(transformer(13))
+    board, history = Board(tmp_path), [{"epoch": 0.0}] * 4
     history[-1] = {"epoch": 3.0, **report.scalars()}
     board.log_report(report, history, 3, 30, seconds=0.0)
     board.log_report(report, history, 3, 30, seconds=0.0, last=True)
@@ -306,16 +305,16 @@ def test_the_last_report_is_drawn_once_whatever_it_costs(tmp_path, model_of):
     events = read(tmp_path)
     assert [image.step for image in events.Images("ww_figures/heat_map")] == [30]
     assert len(events.Tensors("ww/summary/text_summary")) == 1
+    assert len(events.Scalars("ww_bands/alpha_p10")) == 1
 
 
 def test_figures_wait_until_they_can_be_afforded(tmp_path, model_of):
     ticks = iter(range(100))  # a second between any two looks at the clock
     board = Board(tmp_path, clock=lambda: float(next(ticks)))
-    layers = model_of(["fc1"]).layers
-    history = []
+    report, history = model_of(["fc1"]), []
     for n, seconds in enumerate([0.5, 3.9, 4.0, 4.0, 1.9, 2.0]):
         history.append({"epoch": float(n), "ww_alpha/fc1": 2.0})
-        board.log_report(Report(layers, ()), history, n, n, seconds=seconds)
+        board.log_report(report, history, n, n, seconds=seconds)
     board.close()
     events = read(tmp_path)
     # due at 0, 1, 3; two seconds are expected at first, then the one that they took
@@ -336,7 +335,7 @@ def test_a_chosen_layer_that_is_not_there_warns_once_and_the_rest_is_drawn(tmp_p
     report, board = model_of(["fc1"]), Board(tmp_path, layers=["fc9", "fc8"])
     history = [{"epoch": 0.0, **report.scalars()}]
     given, _ = collect(lambda: board.log_report(report, history, 0, 0))
-    again, _ = collect(lambda: board.log_report(report, history, 0, 0, last=True))
+    again, _ = collect(lambda: board.log_report(report, history * 2, 1, 1, last=True))
     board.close()
     assert len(given) == 1
     assert "fc9" in given[0]
@@ -521,3 +520,91 @@ def test_a_full_disk_costs_one_warning_and_no_run(tmp_path):
     assert len(given) == 1
     assert "File too large" in given[0]
     assert pyplot.endswith("4")
+
+
+def one_epoch_of_lightning(folder, **options):
+    pl = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from ww_train.callbacks.lightning import WeightWatcherCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def training_step(self, batch, _):
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = pl.Trainer(
+        max_epochs=1,
+        logger=TensorBoardLogger(folder, name="", version="", **options),
+        callbacks=[WeightWatcherCallback(summary=False)],
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    collect(lambda: trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(4, 24))))
+
+
+def test_a_tensorboard_logger_of_lightning_gets_everything(tmp_path):
+    one_epoch_of_lightning(tmp_path)
+    (tmp_path / "hparams.yaml").unlink()  # Lightning's own
+    events = read(tmp_path)
+    assert len(group(events, "ww_alpha")) == 3
+    assert [image.step for image in events.Images("ww_figures/heat_map")] == [4]  # at the end
+    assert "ww_spectra/worst_3" in events.Tags()["images"]
+    assert set(charts(events)) == {"ww: layers"}
+    assert "budget" in text(events.Tensors("ww/summary/text_summary")[-1])
+
+
+def test_a_prefix_of_lightning_is_kept(tmp_path):
+    one_epoch_of_lightning(tmp_path, prefix="mine")
+    (tmp_path / "hparams.yaml").unlink()
+    events = read(tmp_path)
+    assert "mine-ww/alpha_mean" in tags(events)
+    assert events.Tags()["images"] == []
+
+
+def test_hugging_faces_tensorboard_gets_everything(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    from ww_train.callbacks.huggingface import WeightWatcherCallback
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return {"loss": self.net(x).square().mean()}
+
+    def fit():
+        args = transformers.TrainingArguments(
+            str(tmp_path),
+            num_train_epochs=1,
+            report_to="tensorboard",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        transformers.Trainer(
+            Model(),
+            args,
+            train_dataset=[{"x": torch.ones(24)}] * 8,
+            callbacks=[WeightWatcherCallback(summary=False)],
+        ).train()
+
+    collect(fit)
+    (folder,) = {parent for parent, _, names in os.walk(tmp_path) for n in names if "tfevents" in n}
+    events = read(folder)
+    assert len(group(events, "ww_alpha")) == 3
+    assert events.Images("ww_figures/heat_map")[-1].step == 1
+    assert set(charts(events)) == {"ww: layers"}
+    assert events.Tensors("ww/summary/text_summary")

@@ -14,10 +14,10 @@ from ww_train.marchenko_pastur import (
     signal_energy,
     tracy_widom_edge,
 )
-from ww_train.matrices import WeightMatrix, weight_matrices
 from ww_train.spectrum import Spectrum
 from ww_train.trap_causes import trap_causes, without_causes
 from ww_train.traps import TrapAverage, average_traps, count_traps, shuffle
+from ww_train.weights.matrices import WeightMatrix, weight_matrices
 
 from .oracles import evals_by_svd, gaussian, heavy
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from ww_train import WWPGD
-from ww_train.matrices import Skipped, WeightMatrix, weight_matrices
-from ww_train.projection import Projected
 from ww_train.spectrum import Spectrum
+from ww_train.steering.projection import Projected
+from ww_train.steering.trap_projection import TrapProjection
 from ww_train.trap_causes import trap_causes
-from ww_train.trap_projection import TrapProjection
 from ww_train.traps import count_traps, shuffle
+from ww_train.weights.matrices import Skipped, WeightMatrix, weight_matrices
 
 from .oracles import evals_by_svd, gaussian, heavy
 

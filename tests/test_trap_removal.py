@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ww_train.analysis import measure
-from ww_train.matrices import Skipped, WeightMatrix, weight_matrices
-from ww_train.trap_removal import remove_traps_, shuffled_traps, without_traps
+from ww_train.editing.trap_removal import remove_traps_, shuffled_traps, without_traps
+from ww_train.weights.matrices import Skipped, WeightMatrix, weight_matrices
 
 from .oracles import dense, gaussian, heavy
 from .peer import contained, import_peer

@@ -19,13 +19,6 @@ from ww_train.erg import erg_tail
 from ww_train.linalg import Eigensolver, decompose, gram_eigenvalues, svd_eigenvalues
 from ww_train.localization import vector_metrics
 from ww_train.marchenko_pastur import BulkFit, fit_mp
-from ww_train.matrices import (
-    Skipped,
-    Source,
-    WeightMatrix,
-    reasons,
-    slices,
-)
 from ww_train.planning import Plan, by_name, plan_layer, selected
 from ww_train.power_law import TailFit, fit_power_law
 from ww_train.report import LayerReport, Report
@@ -33,6 +26,13 @@ from ww_train.selection import Layers
 from ww_train.spectrum import Array, Spectrum
 from ww_train.trap_causes import TrapCause, trap_causes
 from ww_train.traps import average_traps, count_traps
+from ww_train.weights.matrices import (
+    Skipped,
+    Source,
+    WeightMatrix,
+    reasons,
+    slices,
+)
 
 if TYPE_CHECKING:
     import pandas as pd

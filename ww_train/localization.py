@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ww_train.linalg import gram
-from ww_train.matrices import WeightMatrix
 from ww_train.spectrum import EPS64, Array
+from ww_train.weights.matrices import WeightMatrix
 
 NUM_BINS = 100
 """Bins of `vector_entropy` (WeightWatcher)."""

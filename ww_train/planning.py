@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ww_train.adapters import SUFFIX
 from ww_train.linalg import Job
-from ww_train.matrices import Skipped, Source, WeightMatrix, delta, slices, weight_matrices
 from ww_train.selection import Layers, select
 from ww_train.spectrum import Array, Spectrum
-from ww_train.stored import CheckpointError, Deferred
 from ww_train.traps import shuffle
+from ww_train.weights.adapters import SUFFIX
+from ww_train.weights.matrices import Skipped, Source, WeightMatrix, delta, slices, weight_matrices
+from ww_train.weights.stored import CheckpointError, Deferred
 
 
 class Plan:

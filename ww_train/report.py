@@ -20,12 +20,12 @@ from ww_train.confidence import Confidence
 from ww_train.erg import ErgTail
 from ww_train.localization import Localization
 from ww_train.marchenko_pastur import MPFit
-from ww_train.matrices import Skipped
 from ww_train.power_law import PowerLawFit
 from ww_train.spectrum import Spectrum
 from ww_train.trap_causes import TrapCause
 from ww_train.traps import TrapAverage, Traps
 from ww_train.verdicts import Verdict, layer_advice, layer_verdict, model_verdict
+from ww_train.weights.matrices import Skipped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +46,7 @@ class LayerReport:
     Attributes:
         layer_id: Position of the layer among all matrices of the model, skipped ones included.
         name: Dotted path of the layer, with `[i]` for a slice measured by itself.
-        layer_type: See `ww_train.matrices.WeightMatrix`.
+        layer_type: See `ww_train.weights.matrices.WeightMatrix`.
         spectrum: Eigenvalues, norms, ranks and entropy.
         fit: Power law of the tail; None if there is none.
         erg: ERG (trace-log) condition.

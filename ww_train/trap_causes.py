@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ww_train.marchenko_pastur import FALSE_ALARM, MPFit, mp_edges, signal_energy, tracy_widom_edge
-from ww_train.matrices import WeightMatrix
 from ww_train.spectrum import EPS64, Array
+from ww_train.weights.matrices import WeightMatrix
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,265 @@
+"""The arguments of `ww-train`, and its help."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from typing import NoReturn
+
+import torch
+
+from ww_train.cli import help as texts
+from ww_train.cli.commands import analyze, describe, report, smooth
+from ww_train.cli.compare import compare
+from ww_train.cli.conditions import Condition, condition
+from ww_train.cli.plot import FIGURES, plot
+from ww_train.editing.rules import AboveBulk, Bottom, DetXTail, PowerLawTail, Top
+
+RULES = (
+    ("--detx", DetXTail(), "the trace-log (ERG) tail; this is the default"),
+    ("--power-law", PowerLawTail(), "the power-law tail"),
+    ("--above-bulk", AboveBulk(), "what exceeds the random bulk"),
+)
+"""Rules of `smooth` that have no number."""
+
+SHARES = (
+    ("--top", Top, "this share of the singular values, the largest; 0.2 is a fifth"),
+    ("--bottom", Bottom, "this share, the smallest"),
+)
+"""Rules of `smooth` with a share."""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; leaves the process with code 2 and one line if it makes no sense."""
+    args = parser().parse_args(joined(argv))
+    args.invocation = shlex.join(["ww-train", *argv])
+    return args
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """`--layers -head` as `--layers=-head`, which argparse would take for an option called -head."""
+    result: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if word == "--layers" and (pattern := next(rest, None)) is not None:
+            word = f"--layers={pattern}"
+        result.append(word)
+    return result
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and where to find help, and leave with code 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> Parser:
+    """All commands and their arguments."""
+    top = Parser(
+        prog="ww-train",
+        description="Read the weight spectra of a trained network: which layers learned, "
+        "which did not, and which learned too much.",
+        epilog=texts.OVERVIEW + texts.EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"ww-train {version('ww-train')}")
+    room = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    _analyze(_command(room, "analyze", "measure every layer and print a table"))
+    _describe(_command(room, "describe", "list what would be analysed, without computing"))
+    _compare(_command(room, "compare", "what changed between two models"))
+    _plot(_command(room, "plot", "draw the spectra and the model as images"))
+    _report(_command(room, "report", "write one HTML page with everything"))
+    _smooth(_command(room, "smooth", "write a copy with smoothed weights"))
+    return top
+
+
+def _command(room: argparse._SubParsersAction[Parser], name: str, summary: str) -> Parser:
+    return room.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _analyze(sub: Parser) -> None:
+    sub.set_defaults(command=analyze)
+    sub.epilog = "".join(
+        (texts.ANALYZE, texts.CONDITIONS, texts.JSON, texts.glossary(), "\n\n", texts.EXIT_CODES)
+    )
+    _model(sub)
+    _adapter(sub)
+    _choice(sub)
+    _numbers(sub)
+    _outputs(sub)
+    _conditions(sub)
+
+
+def _describe(sub: Parser) -> None:
+    sub.set_defaults(command=describe)
+    sub.epilog = texts.DESCRIBE
+    _model(sub)
+    _adapter(sub)
+    _choice(sub)
+    _outputs(sub)
+
+
+def _compare(sub: Parser) -> None:
+    sub.set_defaults(command=compare)
+    sub.epilog = texts.COMPARE + texts.CONDITIONS + texts.EXIT_CODES
+    sub.add_argument("base", metavar="BASE", help="the model before")
+    sub.add_argument("finetuned", metavar="FINETUNED", help="the model after")
+    _choice(sub)
+    _device(sub)
+    _outputs(sub)
+    sub.add_argument(
+        "--metrics-summary", metavar="FILE", help="write the summary of changes as JSON"
+    )
+    _conditions(sub)
+
+
+def _plot(sub: Parser) -> None:
+    sub.set_defaults(command=plot)
+    sub.epilog = f"{texts.PLOT}figures:\n" + "\n".join(
+        f"  {name:23} {meaning}" for name, meaning in FIGURES.items()
+    )
+    _model(sub)
+    sub.add_argument("-o", "--output", metavar="DIR", required=True, help="folder for the images")
+    sub.add_argument(
+        "--figure",
+        action="append",
+        choices=list(FIGURES),
+        metavar="NAME",
+        help="which figure (see below); may be repeated; default: esd and those of the model",
+    )
+    sub.add_argument("--format", choices=["png", "svg", "pdf"], default="png", help="default: png")
+    _adapter(sub)
+    _choice(sub)
+    _numbers(sub)
+
+
+def _report(sub: Parser) -> None:
+    sub.set_defaults(command=report)
+    sub.epilog = texts.REPORT + texts.CONDITIONS + texts.EXIT_CODES
+    _model(sub)
+    sub.add_argument("-o", "--output", metavar="FILE", required=True, help="the page, '-' to print")
+    sub.add_argument("--title", help="default: the name of the model")
+    sub.add_argument("--date", default=f"{datetime.now():%Y-%m-%d}", help="default: today")
+    _adapter(sub)
+    _choice(sub)
+    _numbers(sub)
+    _conditions(sub)
+
+
+def _smooth(sub: Parser) -> None:
+    sub.set_defaults(command=smooth)
+    sub.epilog = texts.SMOOTH
+    _model(sub)
+    sub.add_argument("-o", "--output", metavar="OUT", required=True, help="file or folder to write")
+    rules = sub.add_mutually_exclusive_group()
+    for flag, rule, kept in RULES:
+        rules.add_argument(flag, dest="rule", action="store_const", const=rule, help=f"keep {kept}")
+    for flag, kind, kept in SHARES:
+        rules.add_argument(
+            flag, dest="rule", type=_rule(kind), metavar="SHARE", help=f"keep {kept}"
+        )
+    _choice(sub)
+
+
+def _model(sub: Parser) -> None:
+    sub.add_argument("path", metavar="PATH", help="a model: a file of weights or a folder of them")
+
+
+def _adapter(sub: Parser) -> None:
+    sub.add_argument(
+        "--adapter", metavar="LORA", help="a LoRA adapter to merge into the model at PATH"
+    )
+
+
+def _choice(sub: Parser) -> None:
+    group = sub.add_argument_group("which layers")
+    group.add_argument(
+        "--layers",
+        action="append",
+        metavar="PATTERN",
+        help="a name or a pattern such as 'encoder.*'; '-PATTERN' leaves layers out; repeatable",
+    )
+    group.add_argument(
+        "--types",
+        action="append",
+        metavar="TYPE",
+        default=[],
+        help="a type of layers, such as dense or conv2d (describe lists them); repeatable",
+    )
+
+
+def _numbers(sub: Parser) -> None:
+    group = sub.add_argument_group("what to measure")
+    group.add_argument("--base", metavar="BASE", help="measure the difference to this model")
+    group.add_argument(
+        "--randomize", action="store_true", help="find correlation traps; twice the time"
+    )
+    group.add_argument("--mp-fit", action="store_true", help="fit the random bulk")
+    _device(sub)
+
+
+def _device(sub: Parser) -> None:
+    sub.add_argument(
+        "--device", type=_device_name, metavar="DEVICE", help="cpu (the default), cuda or cuda:1"
+    )
+    sub.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+
+
+def _outputs(sub: Parser) -> None:
+    group = sub.add_argument_group("output ('-' as FILE is standard output, instead of the table)")
+    for kind in ("json", "csv", "parquet"):
+        group.add_argument(f"--{kind}", metavar="FILE", help=f"write the numbers as {kind}")
+    group.add_argument("--wide", action="store_true", help="print all columns, however wide")
+
+
+def _conditions(sub: Parser) -> None:
+    sub.add_argument(
+        "--fail-if",
+        action="append",
+        type=_condition,
+        default=[],
+        metavar="CONDITION",
+        help="leave with code 1 if true, e.g. 'alpha<2'; repeatable; see analyze --help",
+    )
+
+
+def _condition(text: str) -> Condition:
+    try:
+        return condition(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _rule(kind: type[Top] | type[Bottom]) -> Callable[[str], Top | Bottom]:
+    def read(text: str) -> Top | Bottom:
+        try:
+            return kind(float(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"a share between 0 and 1, not {text!r}") from error
+
+    return read
+
+
+def _device_name(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; try cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text}: 64-bit arithmetic is needed; use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise argparse.ArgumentTypeError(f"no {text}: PyTorch finds {found} CUDA devices here")
+    return device

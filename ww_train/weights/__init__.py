@@ -1,0 +1,1 @@
+"""Where matrices of weights come from: modules, state dicts, arrays, files, adapters."""
