@@ -9,8 +9,9 @@ PIP = .venv/bin/python -m pip --quiet --disable-pip-version-check
 demo: .venv/demo.done
 	.venv/bin/python examples/quickstart_lightning.py $(ARGS)
 
+# A worker for each core, one thread each: waiting threads would only take turns.
 test: .venv/test.done
-	.venv/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: .venv/test.done
 	.venv/bin/ruff check .

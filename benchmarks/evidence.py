@@ -170,7 +170,11 @@ def sweep(
 def mean_sd(values: Sequence[float], form: str) -> str:
     """Mean and standard deviation of the runs, the latter if there are two or more."""
     text = format(statistics.fmean(values), form)
-    return text if len(values) < 2 else f"{text} ± {format(statistics.stdev(values), form)}"
+    return (
+        text
+        if len(values) < 2
+        else f"{text} ± {format(statistics.stdev(values), form.lstrip('+'))}"
+    )
 
 
 def paired(first: Sequence[Row], second: Sequence[Row], name: str, form: str) -> str:

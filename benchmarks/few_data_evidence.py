@@ -13,8 +13,6 @@ stopping, for comparison only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from evidence import (
     Row,
@@ -35,28 +33,20 @@ from mnist_mlp import MLP, Digits, load_mnist
 from torch import Tensor
 from torch.optim import AdamW, lr_scheduler
 
-from ww_train import WWPGD, ManifoldProjection, fit_power_law
-from ww_train.spectrum import Spectrum
-from ww_train.steering.projection import Move
+from ww_train import WWPGD, LayerReport, ManifoldProjection
 
 IMAGES, BATCH, EVERY = 1000, 32, 100
 
 
-@dataclass(frozen=True)
-class HoldAbove(ManifoldProjection):
-    """The projection onto the manifold, only of layers whose alpha is below the target."""
-
-    def move(self, spectrum: Spectrum, strength: float) -> Move | str:
-        fitted = fit_power_law(spectrum.positive)
-        if fitted is None or fitted.alpha >= self.alpha:
-            return f"alpha is not below {self.alpha:g}"
-        return super().move(spectrum, strength)
+def below_two(layer: LayerReport) -> bool:
+    """Whether a layer is projected by the arm that only holds alpha up."""
+    return layer.alpha is not None and layer.alpha < 2.0
 
 
 ARMS: dict[str, Wrap] = {
     "AdamW": bare,
     "alpha 2": lambda model, base: WWPGD(base, model=model),
-    "alpha 2 where below": lambda model, base: WWPGD(base, model=model, projection=HoldAbove(2.0)),
+    "alpha 2 where below": lambda model, base: WWPGD(base, model=model, when=below_two),
     "alpha 3": lambda model, base: WWPGD(base, model=model, projection=ManifoldProjection(3.0)),
 }
 

@@ -38,9 +38,8 @@ from mnist_mlp import MLP, Digits, load_mnist
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, lr_scheduler
 
-from ww_train import WWPGD, Ramp
+from ww_train import WWPGD, Ramp, TailProjection
 from ww_train.steering.momentum import project, reset
-from ww_train.steering.tail_projection import TailProjection
 
 Decay = Callable[[Optimizer, int], lr_scheduler.LRScheduler]
 """Makes the schedule of the learning rate over so many steps."""

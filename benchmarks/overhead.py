@@ -88,7 +88,11 @@ class Timed(Survey):
 
 
 def logging_cost(layers: int, *, epochs: int) -> float:
-    """Median seconds of a boundary beyond the decompositions."""
+    """Median seconds of a boundary beyond the decompositions.
+
+    The median leaves out the few boundaries at which figures are drawn, which have the budget to pay
+    for them.
+    """
     model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(layers)])
     costs = []
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
@@ -122,7 +126,11 @@ def main() -> None:
         verdict(f"{name}: overhead at most {limit:.0%}", share <= limit, f"{share:.2%}")
         verdict(f"{name}: weights bitwise those without", same, "all parameters compared")
     seconds = logging_cost(300, epochs=20)
-    verdict("logging 300 layers at most 50 ms an epoch", seconds <= 0.05, f"{1e3 * seconds:.0f} ms")
+    verdict(
+        "logging 300 layers, figures apart, at most 50 ms",
+        seconds <= 0.05,
+        f"{1e3 * seconds:.0f} ms",
+    )
 
 
 if __name__ == "__main__":

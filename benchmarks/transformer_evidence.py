@@ -34,10 +34,9 @@ from evidence import (
 from torch import Tensor, nn
 from torch.optim import AdamW, lr_scheduler
 
-from ww_train import WWPGD, ManifoldProjection, Ramp
+from ww_train import WWPGD, ManifoldProjection, Ramp, TailProjection
 from ww_train.steering.momentum import project, reset
 from ww_train.steering.schedules import Strength
-from ww_train.steering.tail_projection import TailProjection
 
 BATCH, WARM_UP = 32, 100
 

@@ -41,10 +41,11 @@ class SpectralMonitor:
                 monitor.epoch_end()
 
     The callbacks for Lightning and Hugging Face do the same by `boundary`. Measuring keeps to a budget:
-    if not everything can be afforded, traps are counted for a part of the layers at a time, then whole
-    layers are measured in turn, the stalest first. Nothing here raises: whatever fails warns once and
-    training goes on. No global random generator is used, and only a WWPGD changes weights. Under
-    DistributedDataParallel the layers are dealt to the processes, and the first one writes.
+    the first measurement is made in any case; then, if not everything can be afforded, traps are
+    counted for a part of the layers at a time, or whole layers are measured in turn, the stalest
+    first. Nothing here raises: whatever fails warns once and training goes on. No global random
+    generator is used, and only a WWPGD changes weights. Under DistributedDataParallel the layers are
+    dealt to the processes, and the first one writes.
 
     Args:
         model: The model being trained; with frameworks it comes with each boundary instead.

@@ -52,7 +52,7 @@ def panel(
         )
     if settings:
         rows = [(name, str(value)) for name, value in settings.items()]
-        parts.append(table(("option", "value"), rows))
+        parts += ["Options of the monitor:", table(("option", "value"), rows)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -42,7 +42,8 @@ def train(
     loaders = DataLoader(train_set, 64, shuffle=True), DataLoader(test_set, 500)
     model, optimizer, loader, test = accelerator.prepare(model, optimizer, *loaders)
     first, errors = accelerator.is_main_process, []
-    with SpectralMonitor(model, optimizer, log_to=args.out / "tensorboard") as monitor:
+    # budget=None: the run is short, measure every layer every epoch whatever it costs
+    with SpectralMonitor(model, optimizer, log_to=args.out / "tensorboard", budget=None) as monitor:
         for _ in trange(args.epochs, unit="epoch", disable=not first):
             model.train()
             for x, y in loader:

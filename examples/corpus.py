@@ -28,8 +28,8 @@ Text = tuple[str, Tensor]
 def shakespeare(data_dir: str | None = None) -> Text:
     """`tinyshakespeare.txt` of a folder; without one Python's reference manual, and a line says so.
 
-    The file is looked for in `data_dir`, else in WW_TRAIN_TEXT (a file or a folder), else in the
-    folder WW_TRAIN_DATA.
+    The file is looked for in `data_dir`, else in WW_TRAIN_TEXT (either a file or a folder), which
+    must have it; else in the folder WW_TRAIN_DATA or the current one, which may have other data.
     """
     place = data_dir or os.environ.get("WW_TRAIN_TEXT")
     path = _file(Path(place or os.environ.get("WW_TRAIN_DATA") or "."))
@@ -56,6 +56,8 @@ def source() -> Text:
         text += path.read_text(encoding="utf-8", errors="replace")
         if len(text) >= SOURCE_SIZE:
             break
+    if not text:
+        raise SystemExit(f"no text in {folder}: expected the source text of Python's own modules")
     return "source", encode(text[:SOURCE_SIZE])
 
 

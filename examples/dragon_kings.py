@@ -109,6 +109,10 @@ def draw(examples: Mapping[str, LayerReport], report: Report, real: pd.DataFrame
     axes[1, 0].set_title("layers of the transformer, raw and fixed", loc="left", fontsize=9)
     axes[1, 0].legend(frameon=False)
     plots.alpha_vs_rand_distance(report, ax=axes[1, 1])
+    axes[1, 1].plot(real.rand_distance, real.clip_xmax, "kx")
+    axes[1, 1].get_legend().remove()
+    title = "layers of the transformer: alpha raw (dots) and after clip_xmax (crosses)"
+    axes[1, 1].set_title(title, loc="left", fontsize=9)
     return figure
 
 

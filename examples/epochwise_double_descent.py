@@ -14,7 +14,20 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from outcome import save
-from small_mlp import HIDDEN, Data, arguments, draw, draw_alpha, due, mlp, read, state, train
+from small_mlp import (
+    HIDDEN,
+    Data,
+    arguments,
+    count,
+    draw_errors,
+    draw_layers,
+    due,
+    mlp,
+    plain,
+    read,
+    state,
+    train,
+)
 
 
 def run(data: Data, widths: tuple[int, int], how: dict, noise: float) -> list[dict[str, float]]:
@@ -61,12 +74,12 @@ def figure(rows: pd.DataFrame) -> Figure:
     dip = rows.groupby("epoch").test_error.mean().idxmin()
     drawn = Figure(figsize=(7.0, 8.0), dpi=110, layout="constrained")
     axes = drawn.subplots(3, 1, sharex=True)
-    draw(axes[0], rows, "epoch", {"test_error": "test", "train_error": "training, noisy labels"})
-    draw_alpha(axes[1], rows, "epoch")
-    draw(axes[2], rows, "epoch", {f"traps_{name}": name for name in HIDDEN})
-    axes[0].set_ylabel("error, %")
-    axes[2].set(ylabel="traps", xlabel="epoch", xscale="log")
-    axes[2].xaxis.set_major_formatter("{x:g}")
+    draw_errors(axes[0], rows, "epoch")
+    draw_layers(axes[1], rows, "epoch", "alpha", "alpha")
+    draw_layers(axes[2], rows, "epoch", "traps", "traps")
+    axes[0].set_title("training error: of the labels trained on, the wrong ones included")
+    axes[2].set(xlabel="epoch", xscale="log")
+    plain(axes[2].xaxis)
     for ax in axes:
         ax.axvline(dip, color="0.5", linewidth=0.8, linestyle=":")
     return drawn
@@ -85,9 +98,7 @@ def main() -> None:
         rows += run(data, widths, how, args.noise)
     frame = pd.DataFrame(rows)
     table = frame.drop(columns="seed").groupby("epoch").mean()
-    sentence = (
-        f"{args.dataset}, {100 * args.noise:g} % random labels, {args.seeds} seeds. {finding(table)}"
-    )
+    sentence = f"{args.dataset}, {100 * args.noise:g} % random labels, {count(args.seeds)}. {finding(table)}"
     shown = table.iloc[:: max(len(table) // 12, 1)].reset_index()
     save(args.out, figure(frame), shown, sentence, seed=args.seed, device=args.device)
 

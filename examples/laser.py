@@ -69,14 +69,16 @@ def draw(table: pd.DataFrame, whole: pd.DataFrame, base: float) -> Figure:
         first = row.layer == f"blocks.0.{kind}"
         left.plot(SHARES, losses, ".-", color=KINDS[kind], label=kind if first else None)
     left.axhline(0.0, color="0.5", linewidth=0.8)
-    left.set_yscale("symlog", linthresh=0.01)
+    left.set_yscale("symlog", linthresh=0.001)
+    left.set_ylim(-0.002, 1.0)
     left.set(xlabel="share of the singular values kept, the largest", ylabel="change of the loss")
     left.set_title("one layer cut at a time")
     left.legend(frameon=False, ncols=3)
-    right.barh(range(len(whole)), whole.loss, color="C0")
+    right.plot(whole.loss, range(len(whole)), "o", markersize=9)
     right.axvline(base, color="0.3", linestyle="--", label="nothing cut")
     right.set_yticks(range(len(whole)), whole.label)
     right.set(xlabel="validation loss", title="all layers cut at once")
+    right.set_ylim(-0.7, len(whole) - 0.3)
     right.legend(frameon=False, loc="lower right")
     return figure
 

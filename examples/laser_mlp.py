@@ -31,6 +31,7 @@ from ww_train.editing.smoothing import svd_smoothing_
 from ww_train.spectrum import Spectrum
 
 HIDDEN = ["0", "2"]
+TICKS = [1, 2, 5, 10, 20, 50, 100]
 
 
 def without_tail(spectrum: Spectrum) -> Kept:
@@ -95,8 +96,9 @@ def draw(runs: pd.DataFrame) -> Figure:
         ax.plot(where, group.error, "o", label=f"{name}, alpha {group.alpha.mean():.2f}", alpha=0.8)
     ax.set_xticks(range(len(RULES)), [name.replace(" ", "\n", 1) for name in RULES])
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.set_ylim(1.0, 100.0)
+    ax.set_yticks(TICKS, map(str, TICKS))
+    ax.yaxis.set_minor_formatter("")
     ax.set(
         ylabel="test error, %", title="singular values kept in both hidden layers (a dot a seed)"
     )

@@ -18,7 +18,19 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from outcome import save
-from small_mlp import HIDDEN, Data, arguments, draw, draw_alpha, mlp, rank_correlation, read, state, train
+from small_mlp import (
+    HIDDEN,
+    Data,
+    arguments,
+    count,
+    draw_errors,
+    draw_layers,
+    mlp,
+    rank_correlation,
+    read,
+    state,
+    train,
+)
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 RATES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
@@ -26,6 +38,8 @@ BATCH_SIZE, RATE = 16, 0.04
 """The value that a sweep leaves alone."""
 
 SWEEPS = {"batch size": [(b, RATE) for b in BATCH_SIZES], "rate": [(BATCH_SIZE, r) for r in RATES]}
+
+PANELS = {"alpha": "alpha", "ERG_gap": "ERG gap", "traps": "traps"}
 
 
 def run(data: Data, batch_size: int, rate: float, epochs: int, seed: int) -> dict[str, float]:
@@ -62,17 +76,15 @@ def figure(sweeps: dict[str, pd.DataFrame]) -> Figure:
     drawn = Figure(figsize=(9.0, 9.0), dpi=110, layout="constrained")
     axes = drawn.subplots(4, len(sweeps), sharex="col", sharey="row")
     for column, (name, rows) in zip(axes.T, sweeps.items(), strict=True):
-        draw_alpha(column[0], rows, name)
-        draw(column[1], rows, name, {f"ERG_gap_{layer}": layer for layer in HIDDEN})
-        draw(column[2], rows, name, {f"traps_{layer}": layer for layer in HIDDEN})
-        draw(column[3], rows, name, {"test_error": "test error", "train_error": "training error"})
-        column[1].axhline(0.0, color="0.5", linestyle="--", linewidth=1.0)
+        for ax, (metric, label) in zip(column, PANELS.items(), strict=False):
+            draw_layers(ax, rows, name, metric, label)
+        draw_errors(column[3], rows, name)
         column[3].set_xscale("log", base=2)
         column[3].set_xticks(sorted(set(rows[name])), [f"{x:g}" for x in sorted(set(rows[name]))])
         column[3].minorticks_off()
         column[3].set_xlabel({"rate": "learning rate"}.get(name, name))
-    for ax, label in zip(axes[1:, 0], ("ERG gap", "traps", "error, %"), strict=True):
-        ax.set_ylabel(label)
+    for ax in axes[:, 1]:
+        ax.set_ylabel("")
     axes[0, 0].set_title(f"SGD, learning rate {RATE:g}")
     axes[0, 1].set_title(f"SGD, batch size {BATCH_SIZE}")
     return drawn
@@ -80,7 +92,7 @@ def figure(sweeps: dict[str, pd.DataFrame]) -> Figure:
 
 def main() -> None:
     parser = arguments(__doc__, "mlp_sweeps")
-    parser.add_argument("--epochs", type=int, default=20, help="of each network (20)")
+    parser.add_argument("--epochs", type=int, default=10, help="of each network (10)")
     args: argparse.Namespace = parser.parse_args()
     data, seeds = read(args), range(args.seed, args.seed + args.seeds)
     sweeps = {
@@ -94,7 +106,7 @@ def main() -> None:
     tables = [found.reset_index().assign(sweep=name) for name, found in means.items()]
     table = pd.concat(tables).drop(columns=["D_fc1", "D_fc2"])
     table.insert(0, "sweep", table.pop("sweep"))
-    sentence = f"{args.dataset}, {args.epochs} epochs, means of {args.seeds} seeds. {said}"
+    sentence = f"{args.dataset}, {args.epochs} epochs, means of {count(args.seeds)}. {said}"
     save(args.out, figure(sweeps), table, sentence, seed=args.seed, device=args.device)
 
 

@@ -5,7 +5,8 @@
 
 Muon (`torch.optim.Muon`, PyTorch 2.9) makes the singular values of each update equal; as is usual it
 trains the hidden matrices, and AdamW the biases and the head. So one expects flatter spectra of it: a
-higher stable rank and entropy. Whether its alpha is larger or smaller is looked at here.
+higher stable rank and entropy. Whether its alpha is larger or smaller is looked at here. There is no
+weight decay.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from outcome import save
-from small_mlp import HIDDEN, Data, arguments, due, error, mlp, read, train
+from small_mlp import HIDDEN, Data, arguments, count, due, error, mlp, plain, read, train
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -29,20 +30,28 @@ COLUMNS = ["alpha", "D", "ERG_gap", "num_traps", "stable_rank", "entropy"]
 def optimizers(name: str, model: nn.Sequential) -> list[Optimizer]:
     """One optimizer, or for Muon two."""
     if name == "AdamW":
-        return [AdamW(model.parameters(), lr=1e-3)]
+        return [AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)]
     if name == "SGD":
         return [SGD(model.parameters(), lr=0.05, momentum=0.9)]
     if not hasattr(torch.optim, "Muon"):
         raise SystemExit(f"torch.optim.Muon came with PyTorch 2.9; this is {torch.__version__}")
     hidden = [model.get_submodule(layer).weight for layer in HIDDEN]
     rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
-    return [torch.optim.Muon(hidden, lr=0.02), AdamW(rest, lr=1e-3)]
+    return [
+        torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0),
+        AdamW(rest, lr=1e-3, weight_decay=0.0),
+    ]
 
 
 def run(data: Data, name: str, epochs: int, batch_size: int, seed: int) -> tuple[list, Report]:
     """Train one network; a row a layer for each epoch at which it was measured, and the last report."""
     model, rows = mlp(data, (256, 256), seed), []
-    how = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "title": f"{name}, seed {seed}"}
+    how = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "title": f"{name}, seed {seed}",
+    }
     for epoch in train(model, optimizers(name, model), data, **how):
         if not due(epoch, epochs):
             continue
@@ -64,17 +73,20 @@ def columns(row: dict) -> dict[str, float]:
 def finding(ends: pd.DataFrame) -> str:
     """What distinguishes the optimizers, and whether the seeds agree on it."""
     said = []
-    for column in ("alpha", "stable_rank", "entropy", "num_traps"):
+    for column in ("alpha", "stable_rank", "entropy"):
         for layer in HIDDEN:
             part = ends[ends.layer == layer].pivot(index="seed", columns="optimizer", values=column)
             means = part.mean().sort_values()
             shown = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
             same = int((part[means.index].diff(axis=1).iloc[:, 1:] > 0).all(axis=1).sum())
-            said.append(f"{column} of {layer}: {shown} (this order in {same} seeds)")
+            said.append(f"{column} of {layer}: {shown} (in this order with {count(same)})")
     errors = ends.groupby("optimizer", sort=False).test_error.mean()
     shown = ", ".join(f"{name} {value:.1f} %" for name, value in errors.items())
-    return f"Test error: {shown}, at a training error of at most {ends.train_error.max():.1f} %. " + (
-        "; ".join(said) + "."
+    traps = ends.groupby("optimizer", sort=False).num_traps.mean()
+    trapped = ", ".join(f"{name} {value:.1f}" for name, value in traps.items())
+    return (
+        f"Test error: {shown}, at a training error of at most {ends.train_error.max():.1f} %. "
+        f"{'; '.join(said)}; traps a layer: {trapped}."
     )
 
 
@@ -93,13 +105,12 @@ def figure(rows: pd.DataFrame, reports: dict[str, Report]) -> Figure:
             line[2].plot(range(1, len(values) + 1), values / values.mean(), color=color)
         line[0].axhline(2.0, color="0.5", linestyle="--", linewidth=1.0)
         line[0].set(ylabel=f"{layer}: alpha", yscale="log")
-        line[0].yaxis.set_major_formatter("{x:g}")
-        line[0].yaxis.set_minor_formatter("{x:g}")
+        plain(line[0].yaxis, minor=True)
         line[1].set_ylabel(f"{layer}: stable rank")
         line[2].set(ylabel=f"{layer}: eigenvalue / mean", yscale="log")
         for ax in line[:2]:
             ax.set(xscale="log", xlabel="epoch")
-            ax.xaxis.set_major_formatter("{x:g}")
+            plain(ax.xaxis)
         line[2].set_xlabel("rank of the eigenvalue, first seed")
     axes[0, 0].legend(frameon=False)
     return drawn
@@ -119,7 +130,7 @@ def main() -> None:
     frame = pd.DataFrame(rows)
     ends = frame[frame.epoch == args.epochs]
     table = ends.drop(columns=["seed", "epoch"]).groupby(["layer", "optimizer"], sort=False)
-    sentence = f"{args.dataset}, {args.epochs} epochs, {args.seeds} seeds. {finding(ends)}"
+    sentence = f"{args.dataset}, {args.epochs} epochs, {count(args.seeds)}. {finding(ends)}"
     table = table.mean().reset_index()
     save(args.out, figure(frame, reports), table, sentence, seed=args.seed, device=args.device)
 

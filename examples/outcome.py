@@ -16,6 +16,9 @@ from matplotlib.figure import Figure
 
 import ww_train
 
+FOLDERS = ("WW_TRAIN_TEXT", "WW_TRAIN_DATA")
+"""Variables that say where data are."""
+
 
 def save(
     out: Path, figure: Figure, frame: pd.DataFrame, finding: str, *, seed: int, device: str = "cpu"
@@ -39,12 +42,15 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def origin(seed: int, device: str) -> str:
     """How to get the same again, and what it took."""
+    data = " and ".join(name for name in FOLDERS if os.environ.get(name))
     command = shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     machine = f"{os.cpu_count()} CPU cores" if device == "cpu" else device
     versions = f"Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}"
+    versions += f", ww_train {ww_train.__version__}"
     return (
-        f"`{command}` (seed {seed}): {versions}, ww_train {ww_train.__version__}, {machine}, "
-        f"{time.process_time() / 60:.1f} minutes of processor time."
+        f"`{command}` (seed {seed}): {versions}, {machine}, "
+        f"{time.process_time() / 60:.1f} minutes of processor time"
+        f"{f', {data} set' if data else ''}."
     )
 
 

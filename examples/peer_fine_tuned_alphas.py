@@ -34,7 +34,7 @@ def train(model, text, steps, rate):
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return loss.item()
 
 
 torch.manual_seed(0)

@@ -14,7 +14,19 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from outcome import save
-from small_mlp import HIDDEN, Data, arguments, draw, draw_alpha, mlp, rank_correlation, read, state, train
+from small_mlp import (
+    HIDDEN,
+    Data,
+    arguments,
+    count,
+    draw_errors,
+    draw_layers,
+    mlp,
+    rank_correlation,
+    read,
+    state,
+    train,
+)
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 READ = [f"{metric}_{name}" for metric in ("alpha", "traps") for name in HIDDEN]
@@ -51,11 +63,9 @@ def figure(rows: pd.DataFrame) -> Figure:
     """Alpha, traps and errors by noise."""
     drawn = Figure(figsize=(11.0, 3.8), dpi=110, layout="constrained")
     axes = drawn.subplots(1, 3)
-    draw_alpha(axes[0], rows, "noise")
-    draw(axes[1], rows, "noise", {f"traps_{name}": name for name in HIDDEN})
-    draw(axes[2], rows, "noise", {"test_error": "test error", "train_error": "training error"})
-    axes[1].set_ylabel("traps")
-    axes[2].set_ylabel("error, %")
+    draw_layers(axes[0], rows, "noise", "alpha", "alpha")
+    draw_layers(axes[1], rows, "noise", "traps", "traps")
+    draw_errors(axes[2], rows, "noise")
     for ax in axes:
         ax.set_xlabel("random labels, %")
     return drawn
@@ -70,7 +80,7 @@ def main() -> None:
     jobs = [(share, args.epochs, args.batch_size, seed) for share in SHARES for seed in seeds]
     rows = pd.DataFrame([run(data, *job) for job in jobs])
     table = rows.groupby("noise", as_index=False).mean()
-    sentence = f"{args.dataset}, {args.epochs} epochs, {args.seeds} seeds. {finding(rows)}"
+    sentence = f"{args.dataset}, {args.epochs} epochs, {count(args.seeds)}. {finding(rows)}"
     save(args.out, figure(rows), table, sentence, seed=args.seed, device=args.device)
 
 

@@ -25,6 +25,8 @@ from tqdm import trange
 
 from ww_train import LayerReport, measure, plots
 
+PLOTS = (plots.esd, plots.detX, plots.randomized_esd)
+
 
 def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
     """AdamW, batches of 32."""
@@ -55,11 +57,11 @@ def row(name: str, layer: LayerReport, error: float) -> dict[str, object]:
 
 def draw(layers: dict[str, LayerReport]) -> Figure:
     """A row of figures a state: spectrum with fit, ERG condition, shuffled spectrum."""
-    figure = Figure(figsize=(15.0, 8.0), dpi=90, layout="constrained")
-    for axes, (name, layer) in zip(figure.subplots(2, 3), layers.items(), strict=True):
-        for ax, plot in zip(axes, (plots.esd, plots.detX, plots.randomized_esd), strict=True):
+    figure = Figure(figsize=(16.0, 8.5), dpi=85, layout="constrained")
+    for part, (name, layer) in zip(figure.subfigures(2, 1), layers.items(), strict=True):
+        part.suptitle(name, fontsize=14)
+        for ax, plot in zip(part.subplots(1, 3), PLOTS, strict=True):
             plot(layer, ax=ax)
-        axes[0].set_ylabel(f"{name.upper()}\n{axes[0].get_ylabel()}")
     return figure
 
 
@@ -68,10 +70,10 @@ def finding(before: pd.Series, after: pd.Series) -> str:
     farther = "farther from" if after.rand_distance > before.rand_distance else "nearer to"
     return (
         f"Training took the layer from alpha {before.alpha:.2f} (verdict {before.verdict}, "
-        f"{before.tail_size} eigenvalues in the tail) to {after.alpha:.2f} ({after.verdict}, {after.tail_size}), "
-        f"its ERG gap from {before.ERG_gap} to {after.ERG_gap} and its traps from {before.traps} to "
-        f"{after.traps}. Its spectrum moved {farther} that of the shuffled weights: rand_distance "
-        f"{before.rand_distance:.3f} to {after.rand_distance:.3f}. One seed."
+        f"{before.tail_size} eigenvalues in the tail) to {after.alpha:.2f} ({after.verdict}, "
+        f"{after.tail_size}), its ERG gap from {before.ERG_gap} to {after.ERG_gap} and its traps from "
+        f"{before.traps} to {after.traps}. Its spectrum moved {farther} that of the shuffled weights: "
+        f"rand_distance {before.rand_distance:.3f} to {after.rand_distance:.3f}. One seed."
     )
 
 
@@ -89,14 +91,14 @@ def main() -> None:
     data = [part.tensors for part in load(args.dataset, args.data_dir)]
     (x, y), (test_x, test_y) = ([t.to(args.device) for t in tensors] for tensors in data)
     torch.manual_seed(args.seed)
-    layer = nn.Linear(x.shape[1], args.width)
-    model = nn.Sequential(layer, nn.ReLU(), nn.Linear(args.width, 10)).to(args.device)
+    model = nn.Sequential(nn.Linear(x.shape[1], args.width), nn.ReLU(), nn.Linear(args.width, 10))
+    model = model.to(args.device)
 
     found, rows = {}, []
     for name in ("untrained", "trained"):
         if name == "trained":
             train(model, x, y, args.epochs)
-        (found[name],) = measure(layer, randomize=True)
+        (found[name],) = measure(model, layers="0", randomize=True)
         wrong = (model(test_x).argmax(1) != test_y).cpu().numpy()
         rows.append(row(name, found[name], 100.0 * float(np.mean(wrong))))
     table = pd.DataFrame(rows)

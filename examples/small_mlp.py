@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import pandas as pd
 import torch
 from datasets import NAMES, load
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import trange
@@ -24,6 +26,17 @@ HIDDEN = ("fc1", "fc2")
 
 METRICS = ("alpha", "D", "ERG_gap", "traps")
 """What `spectra` gives for each layer, as columns such as `alpha_fc1`."""
+
+CRITICAL = {"alpha": 2.0, "ERG_gap": 0.0}
+"""Where SETOL expects an ideal layer."""
+
+STYLES = {
+    "fc1": ("fc1", "C0"),
+    "fc2": ("fc2", "C1"),
+    "test_error": ("test", "C3"),
+    "train_error": ("training", "0.6"),
+}
+"""Label and colour of a column, by the end of its name."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,7 @@ def train(
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
 ) -> Iterator[int]:
     """Train; gives the number of epochs done after each of them. Stops where the loss diverges."""
+    torch.set_flush_denormal(True)  # averages of the gradients of dead units are slow denormals
     generator = torch.Generator().manual_seed(seed)
     for epoch in (bar := trange(1, epochs + 1, desc=title, unit="epoch")):
         for batch in torch.randperm(len(data.y), generator=generator).split(batch_size):
@@ -135,25 +149,43 @@ def rank_correlation(one: pd.Series, other: pd.Series) -> str:
     return f"rank correlation {one.rank().corr(other.rank()):+.2f}"
 
 
-def draw(ax: Axes, rows: pd.DataFrame, x: str, columns: Mapping[str, str]) -> None:
-    """Columns against x: a dot for each seed, a line through the means; the values are labels."""
-    for i, (column, name) in enumerate(columns.items()):
-        color = f"C{i}"
+def draw(ax: Axes, rows: pd.DataFrame, x: str, columns: Iterable[str]) -> None:
+    """Columns against x: a dot for each seed, and a line through the means of the seeds."""
+    for column in columns:
+        label, color = STYLES[next(end for end in STYLES if column.endswith(end))]
         ax.plot(rows[x], rows[column], ".", color=color, alpha=0.5, markersize=4)
-        mean = rows.groupby(x)[column].mean()
-        ax.plot(mean.index, mean, color=color, label=name)
-    if len(columns) > 1:
-        ax.legend(frameon=False, fontsize=8)
+        ax.plot(rows.groupby(x)[column].mean(), color=color, label=label)
+    ax.legend(frameon=False, fontsize=8)
 
 
-def draw_alpha(ax: Axes, rows: pd.DataFrame, x: str) -> None:
-    """Alpha of both hidden layers on a logarithmic axis, and where it is critical."""
-    draw(ax, rows, x, {f"alpha_{name}": name for name in HIDDEN})
-    ax.axhline(2.0, color="0.5", linestyle="--", linewidth=1.0)
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
-    ax.set_ylabel("alpha")
+def draw_layers(ax: Axes, rows: pd.DataFrame, x: str, metric: str, label: str) -> None:
+    """One of `METRICS` of both hidden layers; alpha on a logarithmic axis."""
+    draw(ax, rows, x, [f"{metric}_{name}" for name in HIDDEN])
+    ax.set_ylabel(label)
+    if metric == "alpha":
+        ax.set_yscale("log")
+        plain(ax.yaxis, minor=True)
+    if metric == "traps":
+        ax.set_ylim(-0.05, max(1.0, 1.05 * ax.get_ylim()[1]))
+    else:
+        ax.axhline(CRITICAL[metric], color="0.5", linestyle="--", linewidth=1.0)
+
+
+def draw_errors(ax: Axes, rows: pd.DataFrame, x: str) -> None:
+    """Test and training error."""
+    draw(ax, rows, x, ["test_error", "train_error"])
+    ax.set_ylabel("error, %")
+
+
+def plain(axis: Axis, *, minor: bool = False) -> None:
+    """Ordinary numbers along a logarithmic axis."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}" if minor else NullFormatter())
+
+
+def count(seeds: int) -> str:
+    """So many seeds, in words."""
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:

@@ -44,7 +44,9 @@ def draw(report: Report) -> Figure:
     plots.correlation_flow(report, ax=axes[0, 1])
     plots.alpha_vs_rand_distance(report, ax=axes[1, 0])
     plots.esd(max(report, key=lambda layer: layer.alpha or 0.0), ax=axes[1, 1])
-    axes[1, 1].set_title(f"largest alpha: {axes[1, 1].get_title(loc='left')}", loc="left")
+    axes[1, 1].set_title(
+        f"largest alpha: {axes[1, 1].get_title(loc='left')}", loc="left", fontsize=9
+    )
     return figure
 
 

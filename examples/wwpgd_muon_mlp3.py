@@ -4,8 +4,9 @@
     python examples/wwpgd_muon_mlp3.py --dataset mnist --data-dir FOLDER --epochs 8
 
 Muon takes the matrices of the two hidden layers and AdamW the head and the biases; only Muon is wrapped
-in WWPGD, because only its layers are projected. Muon makes all directions of a step equally large, so
-that one expects it to leave flatter spectra than a heavy tail of alpha 2.
+in WWPGD, because only its layers are projected. Muon makes all directions of a step equally large: it
+leaves flatter spectra, farther from alpha 2, so that there is more to steer. The stored outputs of the
+notebook (FashionMNIST, 3 runs) show no clear gain: 89.65 % with Muon, 89.33 and 89.87 % with WW_PGD.
 """
 
 from __future__ import annotations
@@ -99,12 +100,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/wwpgd_muon_mlp3"))
     args = parser.parse_args()
     if not hasattr(torch.optim, "Muon"):
-        raise SystemExit(f"skipped: torch {torch.__version__} has no torch.optim.Muon (2.9 has)")
+        print(f"skipped: torch {torch.__version__} has no torch.optim.Muon (2.9 has)")
+        return
     data = [part.tensors for part in load(args.dataset, args.data_dir)]
     data = [[t.to(args.device) for t in tensors] for tensors in data]
     seeds = range(args.seed, args.seed + args.seeds)
     jobs = tqdm([(name, seed) for name in OPTIMIZERS for seed in seeds], unit="training")
-    runs = pd.DataFrame([record for job in jobs for record in train(*job[:1], data, args, job[1])])
+    runs = pd.DataFrame([record for name, seed in jobs for record in train(name, data, args, seed)])
     last = runs[runs.epoch == args.epochs].drop(columns=["epoch", "seed"])
     table = last.groupby("optimizer").agg(["mean", "std"]).loc[list(OPTIMIZERS)]
     table.columns = ["_".join(names) for names in table.columns]

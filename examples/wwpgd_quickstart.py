@@ -86,8 +86,8 @@ def main() -> None:
     a, b = table.itertuples(index=False)
     sentence = (
         f"The weights with and without WWPGD are {100 * apart:.0f} % of their norm apart after "
-        f"{args.epochs} epochs. Alpha is {a.alpha:.4f} with AdamW and {b.alpha:.4f} with WWPGD, the ERG "
-        f"gap {a.ERG_gap} and {b.ERG_gap}, the squared error on test images {a.test_error:.4f} and "
+        f"{args.epochs} epochs. Alpha is {a.alpha:.4f} with AdamW and {b.alpha:.4f} with WWPGD, the "
+        f"ERG gap {a.ERG_gap} and {b.ERG_gap}, the squared error on test images {a.test_error:.4f} and "
         f"{b.test_error:.4f} ({100 * (b.test_error / a.test_error - 1):+.1f} %). One seed."
     )
     save(args.out, draw(runs), table, sentence, seed=args.seed, device=args.device)

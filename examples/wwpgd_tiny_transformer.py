@@ -4,7 +4,8 @@
 
 The same transformer is trained twice on the same windows of text. WWPGD projects the 24 matrices of
 its blocks after every so many steps, ever more strongly over the first six times. By SETOL (Martin and
-Hinrichs, 2025) layers at alpha 2 generalise best; WW_PGD's notebook expects a lower validation loss.
+Hinrichs, 2025) layers at alpha 2 generalise best. The stored output of WW_PGD's notebook of this name
+shows no gain: a validation loss of 1.562 with AdamW and of 1.613 with WW_PGD, in one run.
 """
 
 from __future__ import annotations
@@ -104,9 +105,9 @@ def draw(runs: dict[str, tuple[pd.DataFrame, pd.DataFrame]]) -> Figure:
 def main() -> None:
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--steps", type=int, default=500, help="of each training (500)")
-    parser.add_argument("--every", type=int, default=50, help="steps between projections (50)")
-    parser.add_argument("--windows", type=int, default=256, help="of the validation loss (256)")
+    parser.add_argument("--steps", type=int, default=250, help="of each training (250)")
+    parser.add_argument("--every", type=int, default=25, help="steps between projections (25)")
+    parser.add_argument("--windows", type=int, default=128, help="of the validation loss (128)")
     parser.add_argument("--data-dir", help="folder with tinyshakespeare.txt")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -120,8 +121,8 @@ def main() -> None:
     sentence = (
         f"On {corpus} the validation loss after {args.steps} steps is {plain.validation_loss:.3f} with "
         f"AdamW (alphas {plain.alpha_min:.1f} to {plain.alpha_max:.1f}, median "
-        f"{plain.alpha_median:.1f}) and {steered.validation_loss:.3f}, {better}, with WWPGD, which ends "
-        f"with {steered[-2]} of {steered.layers} layers within 0.1 of alpha 2. One seed."
+        f"{plain.alpha_median:.1f}) and {steered.validation_loss:.3f}, {better}, with WWPGD, which "
+        f"ends with {steered[-2]} of {steered.layers} layers within 0.1 of alpha 2. One seed."
     )
     save(args.out, draw(runs), table, sentence, seed=args.seed, device=args.device)
 

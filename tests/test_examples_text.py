@@ -72,11 +72,12 @@ def test_finetuning(folder):
 def test_lora(folder):
     pytest.importorskip("peft")
     output, rows = results("lora", folder, *TINY, "--steps", "2", "--windows", "2")
-    assert [(row["rank"], row["rate"]) for row in rows] == [
-        (rank, rate) for rank in ("2", "8", "32") for rate in ("0.001", "0.01")
-    ]
-    assert [row["updates_with_alpha"] for row in rows] == ["0", "0", "24", "24", "24", "24"]
-    assert [row["alpha_BA"] == "–" for row in rows] == [True, True, False, False, False, False]
+    both = ["rate 0.001", "rate 0.01"]
+    assert [row["update"] for row in rows] == [*both, *both, "random", *both, "random"]
+    assert [int(row["rank"]) for row in rows] == [2, 2, 8, 8, 8, 32, 32, 32]
+    assert [row["updates"] for row in rows] == ["0", "0", *["24"] * 6]
+    assert [row["alpha_BA"] == "–" for row in rows] == [True, True, *[False] * 6]
+    assert [row["loss"] == "–" for row in rows] == [row["update"] == "random" for row in rows]
     assert "rank 2: no alpha (2 positive eigenvalues by its rank" in output
 
 

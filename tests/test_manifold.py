@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from ww_train import manifold
+from ww_train.steering import manifold
 from ww_train.erg import erg_tail
 from ww_train.power_law import fit_power_law
 from ww_train.spectrum import Spectrum

@@ -6,6 +6,7 @@ all keys of a state dict that end in ".weight"; `layers=[...]` takes ids, names 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -71,7 +72,8 @@ def numbered_layers(model: Source, start_ids: int = 0) -> list[NumberedLayer]:
     """The layers of a model in WeightWatcher's order.
 
     Modules count from `start_ids` and state dicts, where that is zero, from one. Files count from
-    `start_ids`, safetensors in alphabetical order. Matrices that WeightWatcher passes over have the id
+    `start_ids`, safetensors shard by shard in the order of the index, without one in alphabetical
+    order. Matrices that WeightWatcher passes over have the id
     of their module, or one after all others.
 
     Args:
@@ -203,16 +205,21 @@ def _ids(model: Source, start_ids: int) -> Iterator[tuple[str, int]]:
     for i, name in enumerate(names, first):
         yield layer_name(name), i
         factor = FACTOR.match(name)
-        if factor and factor[3] == "A":
+        if factor and factor[3] == "A" and not factor[2]:
             yield f"{layer_name(f'{factor[1]}.weight')}{SUFFIX}", i
 
 
 def _stored_names(path: Path) -> list[str]:
+    """The keys of a file or folder in the order in which WeightWatcher reads them."""
     state, _ = read_checkpoint(path)
-    alphabetical = path.suffix == ".safetensors" or (
-        path.is_dir() and any(path.glob("*.safetensors"))
-    )
-    return _weights_first(sorted(state) if alphabetical else state)
+    names = list(state)
+    if path.is_dir():
+        for index in path.glob("*.safetensors.index.json"):
+            shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return _weights_first(sorted(shards, key=lambda name: shards[name]))
+    if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
+        names.sort()
+    return _weights_first(names)
 
 
 def _weights_first(keys: Iterable[object]) -> list[str]:
