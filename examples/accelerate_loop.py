@@ -66,6 +66,7 @@ def draw(history: list[dict[str, float]], errors: list[float]) -> Figure:
     plots.training_curves(history, ax=left)
     right.plot(range(1, len(errors) + 1), errors, "o-", color="C3", markersize=3)
     right.set(xlabel="epoch", ylabel="test error, %", title="test error")
+    right.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -94,8 +95,8 @@ def main() -> None:
     sentence = (
         f"Alpha came nearer to 2 in {nearer.sum()} of {len(both)} layers; its mean went from "
         f"{np.mean(both.alpha_at_start):.2f} to {np.mean(both.alpha_at_end):.2f} while the test error "
-        f"fell to {errors[-1]:.1f} % ({min(errors):.1f} % at best). "
-        f"Watching took {100 * (monitor.budget.overhead or 0.0):.1f} % of the training time. One seed."
+        f"fell to {errors[-1]:.1f} % ({min(errors):.1f} % at best). {table.traps.gt(0).sum()} layers "
+        "have correlation traps. One seed."
     )
     device, figure = accelerator.device.type, draw(monitor.history, errors)
     save(args.out, figure, table, sentence, seed=args.seed, device=device)

@@ -5,8 +5,8 @@
 The experiment of Vallet, Cailton and Refregier (Europhysics Letters 9, 1989): linear regression by the
 pseudo-inverse on P corners of the N-cube, labelled by the majority of their signs. Its solution
 applies the inverse of the data's spectrum, of which alpha and the ERG gap are measured at each load
-P/N. WeightWatcher's author relates alpha = 2 to the minimum of the test error and alpha = 1.5 to the
-over-parametrised limit. For N to infinity the inverse of the Marchenko-Pastur law is a power law only
+P/N. To be checked: alpha is 2 near the minimum of the test error and 1.5 in the over-parametrised
+limit. For N to infinity the inverse of the Marchenko-Pastur law is a power law only
 at load 1, with alpha 1.5: at any other load its largest eigenvalue is bounded.
 """
 

@@ -3,9 +3,9 @@
     python examples/dragon_kings.py --data-dir FOLDER     # with tinyshakespeare.txt; or without
 
 Outliers ("kings") are planted far above spectra whose exponent is known, and the same fits are made of
-the layers of a small trained transformer. WeightWatcher's `fix_fingers` says that such eigenvalues
-make alpha too large and clips them (`ClipXmax`), or looks for xmin near the peak of the density only
-(`XminPeak`); its author also finds that the smaller alpha is, the farther a layer's spectrum lies from
+the layers of a small trained transformer. WeightWatcher's `fix_fingers` takes such eigenvalues for
+the reason of a large alpha and clips them (`ClipXmax`), or looks for xmin near the peak of the density
+only (`XminPeak`). Also to be checked: the smaller alpha is, the farther a layer's spectrum lies from
 that of the shuffled weights.
 """
 

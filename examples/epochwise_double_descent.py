@@ -1,4 +1,4 @@
-"""Does the test error of a wide network fall, rise and fall again with the epochs, and what does alpha do?
+"""Does the test error of a wide network fall, rise and fall again, and what does alpha do meanwhile?
 
     python examples/epochwise_double_descent.py                        # embedded digits
     python examples/epochwise_double_descent.py --dataset mnist --data-dir FOLDER --samples 4000
@@ -98,9 +98,16 @@ def main() -> None:
         rows += run(data, widths, how, args.noise)
     frame = pd.DataFrame(rows)
     table = frame.drop(columns="seed").groupby("epoch").mean()
-    sentence = f"{args.dataset}, {100 * args.noise:g} % random labels, {count(args.seeds)}. {finding(table)}"
+    what = f"{args.dataset}, {100 * args.noise:g} % random labels, {count(args.seeds)}"
     shown = table.iloc[:: max(len(table) // 12, 1)].reset_index()
-    save(args.out, figure(frame), shown, sentence, seed=args.seed, device=args.device)
+    save(
+        args.out,
+        figure(frame),
+        shown,
+        f"{what}. {finding(table)}",
+        seed=args.seed,
+        device=args.device,
+    )
 
 
 if __name__ == "__main__":

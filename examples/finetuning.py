@@ -4,8 +4,8 @@
 
 A small transformer is trained on Shakespeare (or Python's reference manual) and fine-tuned on Python's
 source text. Base, fine-tuned model and their difference are measured and drawn, and the means of the
-metrics are written to metrics_summary.json. WeightWatcher's reading: fine-tuning moves alpha towards 2
-where a layer learns, layers with alpha below 2 overfit, and the difference has a heavy tail of its own.
+metrics are written to metrics_summary.json. To be checked: fine-tuning moves alpha towards 2, and the
+difference has a heavy tail of its own.
 """
 
 from __future__ import annotations

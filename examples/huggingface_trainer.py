@@ -83,6 +83,7 @@ def draw(history: list[dict[str, float]], losses: pd.Series) -> Figure:
     plots.training_curves(history, ax=left)
     right.plot(losses.index, losses, "o-", color="C3", markersize=3)
     right.set(xlabel="epoch", ylabel="loss", title="validation loss, nats a character")
+    right.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -96,8 +97,8 @@ def layer_table(report: Report, first: dict[str, float | None]) -> pd.DataFrame:
 def main() -> None:
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--windows", type=int, default=2000, help="of 64 characters (2000)")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--windows", type=int, default=1280, help="of 64 characters (1280)")
     parser.add_argument("--wwpgd", action="store_true", help="steer as well as watch")
     parser.add_argument("--data-dir", help="folder with tinyshakespeare.txt")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")

@@ -4,7 +4,7 @@
 
 The base model of `finetuning.py` is fine-tuned on Python's source text through low-rank adapters of
 peft, on all 24 matrices of its blocks. WeightWatcher measures the updates as layers of their own and
-calls those with alpha below 2 overfitted. An update of rank r has r eigenvalues: fewer than 8 have no
+calls those with alpha below 2 over-trained. An update of rank r has r eigenvalues: fewer than 8 have no
 alpha, and what alpha random factors of the same rank have is measured too.
 """
 

@@ -53,21 +53,27 @@ def run(data: Data, batch_size: int, rate: float, epochs: int, seed: int) -> dic
     return {"batch size": batch_size, "rate": rate, **state(model, data)}
 
 
-def finding(means: pd.DataFrame, name: str) -> str:
-    """What one sweep shows; the means over the seeds, by the swept value."""
-    best = means.test_error.idxmin()
+def finding(rows: pd.DataFrame, name: str) -> str:
+    """What the means over the seeds show in one sweep."""
+    means = rows.groupby(name).mean()
+    first, last, best = means.index[0], means.index[-1], means.test_error.idxmin()
+    alphas = means[[f"alpha_{layer}" for layer in HIDDEN]]
     said = [
-        f"alpha of {layer} goes from {means[f'alpha_{layer}'].iloc[0]:.2f} at {name} {means.index[0]:g} "
-        f"to {means[f'alpha_{layer}'].iloc[-1]:.2f} at {means.index[-1]:g} "
-        f"({rank_correlation(means[f'alpha_{layer}'], means.index.to_series())})"
-        for layer in HIDDEN
+        f"alpha of {layer} goes from {alpha[first]:.2f} at {first:g} to {alpha[last]:.2f} at {last:g} "
+        f"({rank_correlation(alpha, means.index.to_series())})"
+        for layer, (_, alpha) in zip(HIDDEN, alphas.items(), strict=True)
     ]
-    at_best = " and ".join(f"{means[f'alpha_{layer}'][best]:.2f}" for layer in HIDDEN)
+    over = means[(alphas < 2.0).any(axis=1)]
+    below = ", ".join(f"at {x:g} (error {error:.1f} %)" for x, error in over.test_error.items())
     traps = means[[f"traps_{layer}" for layer in HIDDEN]].sum(axis=1)
+    most = f"traps are at most {traps.max():.1f} a network, at {traps.idxmax():g}"
+    lost = int(rows.alpha_fc1.isna().sum())
+    diverged = f" {lost} of {len(rows)} networks diverged and have no spectra." if lost else ""
+    at_best = " and ".join(f"{alpha:.2f}" for alpha in alphas.loc[best])
     return (
-        f"{'; '.join(said)}; the test error is least ({means.test_error[best]:.1f} %) at {best:g}, "
-        f"where the alphas are {at_best}; there are most traps ({traps.max():.1f} a network) at "
-        f"{traps.idxmax():g} and fewest ({traps.min():.1f}) at {traps.idxmin():g}."
+        f"By {name}: {', '.join(said)}; the test error is least at {best:g} "
+        f"({means.test_error[best]:.1f} %, alphas {at_best}); "
+        f"an alpha is below 2 {below or 'nowhere'}; {most}.{diverged}"
     )
 
 
@@ -92,7 +98,7 @@ def figure(sweeps: dict[str, pd.DataFrame]) -> Figure:
 
 def main() -> None:
     parser = arguments(__doc__, "mlp_sweeps")
-    parser.add_argument("--epochs", type=int, default=10, help="of each network (10)")
+    parser.add_argument("--epochs", type=int, default=6, help="of each network (6)")
     args: argparse.Namespace = parser.parse_args()
     data, seeds = read(args), range(args.seed, args.seed + args.seeds)
     sweeps = {
@@ -101,11 +107,9 @@ def main() -> None:
         )
         for name, points in SWEEPS.items()
     }
-    means = {name: rows.groupby(name).mean() for name, rows in sweeps.items()}
-    said = " ".join(f"By {name}: {finding(found, name)}" for name, found in means.items())
-    tables = [found.reset_index().assign(sweep=name) for name, found in means.items()]
-    table = pd.concat(tables).drop(columns=["D_fc1", "D_fc2"])
-    table.insert(0, "sweep", table.pop("sweep"))
+    said = " ".join(finding(rows, name) for name, rows in sweeps.items())
+    means = {name: rows.groupby(name, as_index=False).mean() for name, rows in sweeps.items()}
+    table = pd.concat(means, names=["sweep"]).reset_index("sweep")
     sentence = f"{args.dataset}, {args.epochs} epochs, means of {count(args.seeds)}. {said}"
     save(args.out, figure(sweeps), table, sentence, seed=args.seed, device=args.device)
 

@@ -5,19 +5,18 @@
 
 Muon (`torch.optim.Muon`, PyTorch 2.9) makes the singular values of each update equal; as is usual it
 trains the hidden matrices, and AdamW the biases and the head. So one expects flatter spectra of it: a
-higher stable rank and entropy. Whether its alpha is larger or smaller is looked at here. There is no
-weight decay.
+higher stable rank and entropy. Whether its alpha is larger is looked at here. No weight decay.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from outcome import save
-from small_mlp import HIDDEN, Data, arguments, count, due, error, mlp, plain, read, train
+from small_mlp import HIDDEN, Data, arguments, count, due, errors, mlp, plain, read, train
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -37,57 +36,42 @@ def optimizers(name: str, model: nn.Sequential) -> list[Optimizer]:
         raise SystemExit(f"torch.optim.Muon came with PyTorch 2.9; this is {torch.__version__}")
     hidden = [model.get_submodule(layer).weight for layer in HIDDEN]
     rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
-    return [
-        torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0),
-        AdamW(rest, lr=1e-3, weight_decay=0.0),
-    ]
+    muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0)
+    return [muon, AdamW(rest, lr=1e-3, weight_decay=0.0)]
 
 
 def run(data: Data, name: str, epochs: int, batch_size: int, seed: int) -> tuple[list, Report]:
     """Train one network; a row a layer for each epoch at which it was measured, and the last report."""
     model, rows = mlp(data, (256, 256), seed), []
-    how = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "seed": seed,
-        "title": f"{name}, seed {seed}",
-    }
-    for epoch in train(model, optimizers(name, model), data, **how):
-        if not due(epoch, epochs):
-            continue
-        report = measure(model, layers=list(HIDDEN), randomize=True)
-        errors = {
-            "train_error": error(model, data.x, data.y),
-            "test_error": error(model, data.test_x, data.test_y),
-        }
-        run_of = {"optimizer": name, "seed": seed, "epoch": epoch, **errors}
-        rows += [run_of | {"layer": layer.name} | columns(layer.to_dict()) for layer in report]
+    how = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
+    for epoch in train(model, optimizers(name, model), data, **how, title=f"{name}, seed {seed}"):
+        if due(epoch, epochs):
+            report = measure(model, layers=list(HIDDEN), randomize=True)
+            common = {"optimizer": name, "seed": seed, "epoch": epoch, **errors(model, data)}
+            for layer in report:
+                known = layer.to_dict()
+                rows.append({"layer": layer.name, **common, **{key: known[key] for key in COLUMNS}})
     return rows, report
-
-
-def columns(row: dict) -> dict[str, float]:
-    """The numbers of a layer that are compared."""
-    return {key: math.nan if row[key] is None else float(row[key]) for key in COLUMNS}
 
 
 def finding(ends: pd.DataFrame) -> str:
     """What distinguishes the optimizers, and whether the seeds agree on it."""
     said = []
-    for column in ("alpha", "stable_rank", "entropy"):
-        for layer in HIDDEN:
-            part = ends[ends.layer == layer].pivot(index="seed", columns="optimizer", values=column)
-            means = part.mean().sort_values()
-            shown = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
-            same = int((part[means.index].diff(axis=1).iloc[:, 1:] > 0).all(axis=1).sum())
-            said.append(f"{column} of {layer}: {shown} (in this order with {count(same)})")
-    errors = ends.groupby("optimizer", sort=False).test_error.mean()
-    shown = ", ".join(f"{name} {value:.1f} %" for name, value in errors.items())
-    traps = ends.groupby("optimizer", sort=False).num_traps.mean()
-    trapped = ", ".join(f"{name} {value:.1f}" for name, value in traps.items())
+    for layer, column in itertools.product(HIDDEN, ("alpha", "stable_rank", "entropy")):
+        part = ends[ends.layer == layer].pivot(index="seed", columns="optimizer", values=column)
+        means = part.mean().sort_values()
+        same = int((part[means.index].diff(axis=1).iloc[:, 1:] > 0).all(axis=1).sum())
+        said.append(f"{column} of {layer}: {listed(means)} (in this order with {count(same)})")
+    means = ends.groupby("optimizer", sort=False)[["test_error", "num_traps"]].mean()
     return (
-        f"Test error: {shown}, at a training error of at most {ends.train_error.max():.1f} %. "
-        f"{'; '.join(said)}; traps a layer: {trapped}."
+        f"Test error in percent: {listed(means.test_error)}, at a training error of at most "
+        f"{ends.train_error.max():.2f}. {'; '.join(said)}; traps a layer: {listed(means.num_traps)}."
     )
+
+
+def listed(values: pd.Series) -> str:
+    """A value for each optimizer, in words."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
 
 
 def figure(rows: pd.DataFrame, reports: dict[str, Report]) -> Figure:
@@ -96,29 +80,26 @@ def figure(rows: pd.DataFrame, reports: dict[str, Report]) -> Figure:
     axes = drawn.subplots(2, 3)
     for line, layer in zip(axes, HIDDEN, strict=True):
         for name, report in reports.items():
-            part = rows[(rows.layer == layer) & (rows.optimizer == name)]
+            part, color = rows[(rows.layer == layer) & (rows.optimizer == name)], COLORS[name]
             for ax, column in zip(line, ("alpha", "stable_rank"), strict=False):
-                color = COLORS[name]
                 ax.plot(part.epoch, part[column], ".", color=color, markersize=4, alpha=0.5)
                 ax.plot(part.groupby("epoch")[column].mean(), color=color, label=name)
-            values = report[layer].spectrum.evals[::-1]
-            line[2].plot(range(1, len(values) + 1), values / values.mean(), color=color)
+                ax.set(xscale="log", xlabel="epoch", ylabel=f"{layer}: {column.replace('_', ' ')}")
+                plain(ax.xaxis)
+            evals = report[layer].spectrum.evals[::-1]
+            line[2].plot(range(1, len(evals) + 1), evals / evals.mean(), color=color)
         line[0].axhline(2.0, color="0.5", linestyle="--", linewidth=1.0)
-        line[0].set(ylabel=f"{layer}: alpha", yscale="log")
+        line[0].set_yscale("log")
         plain(line[0].yaxis, minor=True)
-        line[1].set_ylabel(f"{layer}: stable rank")
-        line[2].set(ylabel=f"{layer}: eigenvalue / mean", yscale="log")
-        for ax in line[:2]:
-            ax.set(xscale="log", xlabel="epoch")
-            plain(ax.xaxis)
-        line[2].set_xlabel("rank of the eigenvalue, first seed")
+        line[2].set(ylabel=f"{layer}: eigenvalue / mean", yscale="log", ylim=1e-3)
+        line[2].set_xlabel("place of the eigenvalue, first seed")
     axes[0, 0].legend(frameon=False)
     return drawn
 
 
 def main() -> None:
     parser = arguments(__doc__, "optimizers")
-    parser.add_argument("--epochs", type=int, default=60, help="of each network (60)")
+    parser.add_argument("--epochs", type=int, default=40, help="of each network (40)")
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args()
     data, rows, reports = read(args), [], {}

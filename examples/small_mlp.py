@@ -117,13 +117,17 @@ def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return 100.0 * float((model(x).argmax(1) != y).float().mean())
 
 
-def state(model: nn.Module, data: Data) -> dict[str, float]:
-    """Errors and spectra: one row of a table."""
-    errors = {
+def errors(model: nn.Module, data: Data) -> dict[str, float]:
+    """Training and test error."""
+    return {
         "train_error": error(model, data.x, data.y),
         "test_error": error(model, data.test_x, data.test_y),
     }
-    return errors | spectra(model)
+
+
+def state(model: nn.Module, data: Data) -> dict[str, float]:
+    """Errors and spectra: one row of a table."""
+    return errors(model, data) | spectra(model)
 
 
 def spectra(model: nn.Module) -> dict[str, float]:
@@ -159,14 +163,16 @@ def draw(ax: Axes, rows: pd.DataFrame, x: str, columns: Iterable[str]) -> None:
 
 
 def draw_layers(ax: Axes, rows: pd.DataFrame, x: str, metric: str, label: str) -> None:
-    """One of `METRICS` of both hidden layers; alpha on a logarithmic axis."""
+    """One of `METRICS` of both hidden layers; alpha on a logarithmic axis, traps from 1 on."""
     draw(ax, rows, x, [f"{metric}_{name}" for name in HIDDEN])
     ax.set_ylabel(label)
     if metric == "alpha":
         ax.set_yscale("log")
         plain(ax.yaxis, minor=True)
     if metric == "traps":
-        ax.set_ylim(-0.05, max(1.0, 1.05 * ax.get_ylim()[1]))
+        ax.set_yscale("symlog", linthresh=1.0)
+        ax.axhline(1.0, color="none")  # the axis goes to one trap at least
+        plain(ax.yaxis)
     else:
         ax.axhline(CRITICAL[metric], color="0.5", linestyle="--", linewidth=1.0)
 

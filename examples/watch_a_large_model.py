@@ -56,9 +56,9 @@ def finding(name: str, report: Report, seconds: float) -> str:
     traps = sum(layer.num_traps > 0 for layer in report)
     return (
         f"{name}: {alphas.between(2.0, 6.0).sum()} of {len(report)} layers have an alpha between 2 "
-        f"and 6 (median {alphas.median():.2f}), {(alphas < 2.0).sum()} lie below, "
-        f"{(alphas > 6.0).sum()} above; {traps} have correlation traps. In one line: {report.verdict}. "
-        f"{len(report.skipped)} weights were skipped. Reading and measuring took {seconds:.1f} s."
+        f"and 6 (median {alphas.median():.2f}; {(alphas < 2.0).sum()} below, {(alphas > 6.0).sum()} "
+        f"above); {traps} have correlation traps. In one line: {report.verdict}. {len(report.skipped)} "
+        f"weights were skipped. Measuring took {seconds:.1f} s of processor time."
     )
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     path = args.model or random_model(args.out)
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         report = measure(
             path, layers=args.layers, randomize=True, seed=args.seed, progress=True, max_N=50_000
@@ -81,7 +81,7 @@ def main() -> None:
         raise SystemExit(f"cannot read {path}: {error}") from None
     if not report.layers:
         raise SystemExit(f"no layer of {path} could be analysed:\n{report}")
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     frame = report.to_dataframe()
     frame["verdict"] = [layer.verdict for layer in report]
     columns = ["longname", "N", "M", "alpha", "D", "ERG_gap", "num_traps", "verdict"]

@@ -1,6 +1,7 @@
 """Slow, literal versions of what ww_train computes, and what several test files share."""
 
 import math
+import re
 
 import numpy as np
 import torch
@@ -12,6 +13,11 @@ quick = settings(derandomize=True, deadline=None, max_examples=40)
 
 thorough = settings(quick, max_examples=1000)
 """For bad input, of which there are more kinds than one thinks."""
+
+
+def named(value):
+    """A name for a parameter of a test that is the same in every process: no addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def evals_by_svd(*slices, scale=1.0):

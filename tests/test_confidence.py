@@ -10,7 +10,7 @@ from ww_train.fingers import ClipXmax, XminPeak
 from ww_train.power_law import PowerLaw, fit_power_law
 from ww_train.truncated import TruncatedPowerLaw
 
-from .oracles import evals_by_svd, gaussian, heavy, pareto
+from .oracles import evals_by_svd, gaussian, heavy, named, pareto
 
 HEAVY = evals_by_svd(heavy(128, 64))
 
@@ -107,7 +107,7 @@ def test_the_interval_is_wider_than_sigma_says():
 @pytest.mark.parametrize(
     "fit",
     [PowerLaw(drop_top=2), PowerLaw(xmin=5.0), ClipXmax(), XminPeak(), TruncatedPowerLaw()],
-    ids=repr,
+    ids=named,
 )
 def test_any_fit_may_be_asked(fit):
     evals = evals_by_svd(heavy(64, 40))

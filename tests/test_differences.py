@@ -29,9 +29,11 @@ from ww_train import (
     KernelMP,
     PowerLaw,
     TruncatedPowerLaw,
+    WeightWatcher,
     XminPeak,
     analyze,
     describe,
+    distances,
     esd,
     measure,
 )
@@ -45,6 +47,7 @@ from .oracles import (
     evals_by_svd,
     gaussian,
     heavy,
+    named,
     orthogonal,
     pareto,
     power_law_scan,
@@ -484,7 +487,7 @@ EVERY = ["dense", "blocks.0", "my-head", "conv"]
         (["blocks.*"], ["blocks.0"], []),  # no globs
         ([-1], ["conv"], EVERY[1:]),  # the last, or all but the first
     ],
-    ids=repr,
+    ids=named,
 )
 def test_layers_are_chosen_by_what_is_written(ww, layers, ours, theirs):
     model = Named()
@@ -798,7 +801,7 @@ def test_dropping_more_than_half_is_no_fit(ww):
         ({"fix_fingers": "xmin_peak"}, XminPeak()),
         ({}, PowerLaw()),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_fits_of_the_powerlaw_package(ww, options, fit):
     weight = torch.from_numpy(heavy(160, 80))
@@ -961,9 +964,84 @@ def test_the_update_of_an_adapter_is_measured_as_it_is_applied(ww):
     literal = float((merged**2).sum())
     assert row(merged)["norm"] == pytest.approx(literal)
     assert theirs["0.lora_W_plus_AB.default"] < 0.9 * literal  # ten of forty eigenvalues
-    assert [x.name for x in measure(nn.Sequential(layer))] == [
-        *("0.base_layer", "0.lora_A.default", "0.lora_B.default")
+    report = measure(nn.Sequential(layer))
+    assert [x.name for x in report] == ["0", "0.lora"]
+    assert report["0"].spectrum.norm == pytest.approx(theirs["0.base_layer"], rel=1e-5)
+    assert report["0.lora"].spectrum.norm == pytest.approx(norm, rel=1e-5)
+
+
+# Distances and edits
+
+
+def test_distances_of_models_that_differ_in_their_layers(ww):
+    first, second = Layers("fc1", "fc2"), Layers("fc2")
+    delta = float(torch.linalg.vector_norm(first.fc2.weight - second.fc2.weight))
+    with contained():
+        watcher = ww.module.WeightWatcher(model=first)
+        mean, _, theirs = watcher.distances(first, second)
+        wrong = watcher.distances(model_of(a=gaussian(30, 20)), model_of(a=gaussian(31, 20)))[0]
+    assert watcher.model is second
+    assert (len(theirs), theirs.longname.tolist(), wrong) == (1, ["fc1"], -1)
+    assert mean == pytest.approx(float((first.fc1.weight - second.fc2.weight).norm()), rel=1e-5)
+    ours = WeightWatcher(model=first, log_level="ERROR")
+    mean, _, table = ours.distances(first, second)
+    assert (mean, table.longname.tolist()) == (pytest.approx(delta, rel=1e-5), ["fc2"])
+    assert table.attrs["skipped"] == {"fc1": "the second model has no layer of this name"}
+    assert ours.model is first
+    found = distances(first, second)
+    assert [x.name for x in found.layers] == ["fc2"]
+    assert found.layers[0].frobenius == pytest.approx(delta, rel=1e-5)
+
+
+def test_distances_of_convolutions_see_their_shape_and_bias(ww):
+    first, second = (nn.Sequential(nn.Conv2d(24, 16, 3)) for _ in range(2))
+    with contained():
+        theirs = ww.module.WeightWatcher(model=first).distances(first, second)[2].iloc[0]
+    ours = WeightWatcher(log_level="ERROR").distances(first, second)[2].iloc[0]
+    assert ours.delta_W == pytest.approx(theirs.delta_W, rel=1e-5)
+    assert (theirs.M, theirs.N, theirs.b_shape, theirs.delta_b) == (3, 24, "unknown", 0)
+    literal = float((first[0].bias - second[0].bias).norm())
+    assert (ours.M, ours.N, ours.b_shape) == (16, 24, 16)
+    assert ours.delta_b == pytest.approx(literal, rel=1e-5)
+
+
+def alignment(pairs):
+    """Mean over the slices of the peer's similarity, rows outputs and columns features."""
+    found = [
+        np.linalg.norm(a.T @ b) / math.sqrt(np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b))
+        for a, b in pairs
     ]
+    return pytest.approx(sum(found) / len(found), rel=1e-5)
+
+
+def test_cka_compares_the_inputs_of_every_convolution(ww):
+    for inputs, outputs in ((16, 24), (24, 16)):
+        first, second = (nn.Sequential(nn.Conv2d(inputs, outputs, 3)) for _ in range(2))
+        stacks = ([s.double().numpy() for s in slices_of(model[0])] for model in (first, second))
+        pairs = list(zip(*stacks, strict=True))
+        with contained():
+            theirs = ww.module.WeightWatcher(model=first).distances(first, second, method="cka")[0]
+        ours = WeightWatcher(log_level="ERROR").distances(first, second, "cka")[0]
+        assert ours == alignment(pairs)
+        if inputs > outputs:
+            assert theirs != alignment(pairs)
+            pairs = [(a.T, b.T) for a, b in pairs]  # that of the outputs
+        assert theirs == alignment(pairs)
+
+
+def test_edits_keep_the_dtype_and_return_the_model(ww):
+    model = model_of(a=gaussian(60, 40))
+    same, options = copy.deepcopy(model), {"method": "svd", "percent": -0.2}
+    with contained():
+        ww.module.WeightWatcher(model=model).SVDSmoothing(**options)
+        returned = ww.module.WeightWatcher(model=model_of(a=gaussian(60, 40))).SVDSharpness()
+    assert model["a"].weight.dtype == torch.float64
+    assert returned is None
+    watcher = WeightWatcher(model=same, log_level="ERROR")
+    assert watcher.SVDSmoothing(**options) is same
+    assert same["a"].weight.dtype == torch.float32
+    torch.testing.assert_close(same["a"].weight, model["a"].weight.float(), atol=1e-5, rtol=0)
+    assert watcher.SVDSharpness() is same
 
 
 # Options that are not offered, and why

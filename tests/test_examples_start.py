@@ -63,13 +63,11 @@ def test_monitor_existing_script(tmp_path):
     assert "test accuracy is 9" in text
 
 
-def test_the_lines_to_add_are_three():
+def test_the_lines_to_add_are_marked():
     source = (EXAMPLES / "monitor_existing_script.py").read_text(encoding="utf-8")
     loop, _ = source.split("    history = ")
-    added = [line for line in loop.splitlines() if "monitor" in line.lower() and "=" in line]
-    marked = re.findall(r"^ +(?:monitor\b.*)# \((\d)\)", loop, flags=re.MULTILINE)
-    assert marked == ["1", "2", "3"]
-    assert len([line for line in added if "SpectralMonitor(" in line]) == 1
+    assert re.findall(r"^ +monitor\b.*# \((\d)\)", loop, flags=re.MULTILINE) == ["1", "2", "3"]
+    assert len(re.findall(r"^ +.*\bmonitor\b.*", loop, flags=re.MULTILINE)) == 3  # and no other
 
 
 def test_accelerate_loop(tmp_path):
@@ -112,7 +110,7 @@ def test_watch_a_large_model(tmp_path):
 def test_wwpgd_quickstart(tmp_path):
     run("wwpgd_quickstart", "--epochs", "7", folder=tmp_path)
     (plain, steered), text = results("wwpgd_quickstart", tmp_path)
-    assert float(plain["alpha"]) > 2.5
+    assert abs(float(plain["alpha"]) - 2.0) > 0.2
     assert float(steered["alpha"]) == pytest.approx(2.0, abs=0.001)
     assert int(steered["ERG_gap"]) == 0
     apart = re.search(r"are (\d+) % of their norm apart", text)
@@ -152,16 +150,9 @@ def test_early_stopping_on_alpha(tmp_path):
     assert f"after epoch {float(stop['epoch']):.0f}" in text
 
 
-@pytest.mark.parametrize(
-    ("script", "options", "expected"),
-    [
-        ("single_layer", ["--dataset", "mnist"], "train-images-idx3-ubyte"),
-        ("wwpgd_tiny_transformer", [], "expected the file tinyshakespeare.txt"),
-    ],
-)
-def test_a_wrong_folder_is_told_what_was_expected(script, options, expected, tmp_path):
-    printed = run(script, *options, "--data-dir", str(tmp_path), folder=tmp_path, rc=1)
-    assert expected in printed
+def test_a_wrong_folder_is_told_what_was_expected(tmp_path):
+    printed = run("wwpgd_tiny_transformer", "--data-dir", tmp_path, folder=tmp_path, rc=1)
+    assert "expected the file tinyshakespeare.txt" in printed
     assert "Traceback" not in printed
 
 

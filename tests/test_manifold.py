@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from ww_train.steering import manifold
 from ww_train.erg import erg_tail
 from ww_train.power_law import fit_power_law
 from ww_train.spectrum import Spectrum
+from ww_train.steering import manifold
 from ww_train.steering.manifold import (
     EPSILON,
     critical_spectrum,

@@ -231,7 +231,9 @@ def test_momentum_that_would_not_be_finite_is_not_written():
 
 @pytest.mark.parametrize("momentum", ["reset", None, 0.0])
 def test_a_policy_is_a_function(momentum):
-    with pytest.raises(TypeError, match=r"momentum is a function of ww_train\.momentum, got"):
+    with pytest.raises(
+        TypeError, match=r"momentum is a function of ww_train\.steering\.momentum, got"
+    ):
         wrap(net(), momentum=momentum)
 
 

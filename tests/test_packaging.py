@@ -56,9 +56,10 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     payload = {n for n in names if not n.partition("/")[0].endswith(".dist-info")}
-    core = {f"ww_train/{p.name}" for p in (ROOT / "ww_train").glob("*.py")}
+    core = {p.relative_to(ROOT).as_posix() for p in (ROOT / "ww_train").rglob("*.py")}
+    page = {f"ww_train/page/page.{kind}" for kind in ("html", "css", "js")}
     adapters = {f"ww_train/callbacks/{p.name}" for p in (ROOT / "callbacks").glob("*.py")}
-    assert payload == core | adapters | {"ww_train/py.typed"}
+    assert payload == core | adapters | page | {"ww_train/py.typed"}
     assert "ww_train/callbacks/__init__.py" in payload
     assert {n.partition("/")[0] for n in payload} == {"ww_train"}
 
@@ -69,7 +70,7 @@ def test_metadata(wheel):
     assert fields["Version"] == ww_train.__version__
     assert fields["License-Expression"] == "MIT"
     required = {r.partition(">")[0] for r in fields.get_all("Requires-Dist") if "extra" not in r}
-    assert required == {"torch", "numpy", "scipy", "pandas", "safetensors", "tqdm"}
+    assert required == {"torch", "numpy", "scipy", "pandas", "rich", "safetensors", "tqdm"}
 
 
 def test_the_licence_is_inside(wheel):

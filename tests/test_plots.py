@@ -206,6 +206,24 @@ def test_a_scan_leaves_out_what_the_fit_left_out():
     assert D.min() == pytest.approx(layer.fit.D)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e6])
+@pytest.mark.parametrize("spread", [None, 1e-15, 1e-9])
+def test_a_scan_of_one_xmin_is_a_point(scale, spread):
+    evals = np.arange(1.0, 9.0)
+    if spread is not None:
+        evals = np.append(evals, 1.0 + spread)
+    layer = one(scale * np.diag(np.sqrt(evals)))
+    assert layer.fit.num_pl_spikes >= 8
+    left, right = sketch(plots.xmin_scan(layer)).axes
+    low, high = left.get_xlim()
+    for ax, value in ((left, layer.fit.D), (right, layer.fit.alpha)):
+        xmin, found = ax.lines[0].get_data()
+        assert np.isclose(found, value, rtol=1e-9).any()
+        assert ((low < 0.9 * xmin) & (1.1 * xmin < high)).all()
+        assert ax.lines[0].get_marker() == ("o" if len(xmin) == 1 else "None")
+    assert len(xmin) == 1 or spread is not None
+
+
 # Noise
 
 
@@ -584,6 +602,7 @@ def test_inverse_and_pooled_spectra():
 
 
 NAMES = ["_orig", "a$b$c_{", "层.重", "line\nbreak", "x" * 400, "", "$", "\\frac", "%s {x}"]
+NAMES += ["nul\0", "\x1b[31mred", "\x7f\x9b", "\ud800"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -603,6 +622,8 @@ def test_labels():
     assert label("short") == "short"
     assert label("abcdefghij", 7) == "abc…hij"
     assert len(label("x" * 100, 28)) == 28
+    assert label("a\0b\x1b[1m\x7f") == r"a\x00b\x1b[1m\x7f"
+    assert label("a\tb\né层") == r"a b \xe9\u5c42"
     assert short_labels(["model.a.x", "model.b.x"], 20) == ["a.x", "b.x"]
     assert short_labels(["model.layer", "model.layer2"], 20) == ["layer", "layer2"]
     assert short_labels(["a.b", "a.b"], 20) == ["b", "b"]

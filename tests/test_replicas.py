@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ww_train import WWPGD, ManifoldProjection, Projected
-from ww_train.steering.momentum import project, reset
 from ww_train.ranks import deal, gather
+from ww_train.steering.momentum import project, reset
 from ww_train.steering.replicas import project_replicas_
 from ww_train.steering.tasks import Failed
 

@@ -15,10 +15,10 @@ from ww_train import (
     Skipped,
     WeightMatrix,
     project_,
-    steering,
     weight_matrices,
 )
 from ww_train.power_law import fit_power_law
+from ww_train.steering import tasks as tasks_room
 from ww_train.steering.projection import Move, SpectralProjection
 from ww_train.steering.tasks import Failed, Task, assign, project_all_
 
@@ -150,7 +150,7 @@ def test_the_zoo_together_is_one_by_one(threads, dtype, strength):
 
 
 def test_large_layers_use_all_threads_in_turn(threads, monkeypatch):
-    monkeypatch.setattr(steering, "LARGE", 40)  # a real one takes seconds
+    monkeypatch.setattr(tasks_room, "LARGE", 40)  # a real one takes seconds
     model = layers((60, 50), (60, 30), (50, 60), (25, 35), seed=5)
     twin = copy.deepcopy(model)
     threads(2)
@@ -177,7 +177,7 @@ def test_a_batch_is_one_by_one(M, sides, strength, seed):
     shapes = [(M + n, M) if tall else (M, M + n) for n, tall in sides]
     model = layers(*shapes, dtype=torch.float64, seed=seed)
     twin = copy.deepcopy(model)
-    batch = steering._project_batch(tasks_of(model), strength, None)  # what an accelerator does
+    batch = tasks_room._project_batch(tasks_of(model), strength, None)  # what an accelerator does
     assert_same_outcomes(batch, project_all_(tasks_of(twin), strength))
     close(model, twin, 1e-10)
 
@@ -192,7 +192,7 @@ def test_a_batch_of_convolutions_and_gates(dtype):
     tasks = tasks_of(model)
     assert {task.matrix.M for task in tasks} == {20}
     assert_same_outcomes(
-        steering._project_batch(tasks, 0.5, None), project_all_(tasks_of(twin), 0.5)
+        tasks_room._project_batch(tasks, 0.5, None), project_all_(tasks_of(twin), 0.5)
     )
     close(model, twin, 1e-6 if dtype == torch.float32 else 0.02)
 
@@ -202,7 +202,7 @@ def test_in_a_batch_each_layer_has_its_own_projection_and_operator():
     twin, seen = copy.deepcopy(model), []
     tasks = [Task(t.matrix, p) for t, p in zip(tasks_of(model), (A, B, C), strict=True)]
     before = [task.matrix.stack.clone() for task in tasks]
-    outcomes = steering._project_batch(tasks, 1.0, lambda matrix, op: seen.append((matrix, op)))
+    outcomes = tasks_room._project_batch(tasks, 1.0, lambda matrix, op: seen.append((matrix, op)))
     assert [outcome.alpha for outcome in outcomes] == pytest.approx([2.0, 3.0, 4.0], abs=1e-6)
     assert [matrix for matrix, _ in seen] == [task.matrix for task in tasks]
     for (matrix, operator), old in zip(seen, before, strict=True):
@@ -223,7 +223,7 @@ def test_in_a_batch_a_layer_that_is_skipped_does_not_stop_the_others():
     tasks = unfit(model)
     locked = WeightMatrix("locked", "dense", gaussian(40, 30)[None], read_only="because")
     tasks.insert(1, Task(locked, ManifoldProjection()))
-    first, second, third, fourth, fifth = steering._project_batch(tasks, 1.0, None)
+    first, second, third, fourth, fifth = tasks_room._project_batch(tasks, 1.0, None)
     assert second == Skipped("locked", "because")
     assert "NaN" in third.reason
     assert fourth.reason == "all weights are zero"
@@ -234,7 +234,7 @@ def test_in_a_batch_a_layer_that_is_skipped_does_not_stop_the_others():
 
 def test_a_batch_of_which_every_layer_is_skipped():
     tasks = tasks_of(layers((40, 8), (8, 30)))
-    assert [outcome.reason for outcome in steering._project_batch(tasks, 1.0, None)] == [
+    assert [outcome.reason for outcome in tasks_room._project_batch(tasks, 1.0, None)] == [
         "8 eigenvalues, fewer than min_evals=20"
     ] * 2
     broken = layers((40, 30), (40, 30))
@@ -243,7 +243,7 @@ def test_a_batch_of_which_every_layer_is_skipped():
             weight.fill_(torch.inf)
     assert all(
         "infinite" in outcome.reason
-        for outcome in steering._project_batch(tasks_of(broken), 1.0, None)
+        for outcome in tasks_room._project_batch(tasks_of(broken), 1.0, None)
     )
 
 
@@ -260,7 +260,7 @@ def test_a_batch_that_fails_is_done_one_by_one(monkeypatch, error):
     twin = copy.deepcopy(model)
     expected = project_all_(tasks_of(twin), 0.5)
     monkeypatch.setattr(torch.linalg, "eigh", small_only)
-    assert_same_outcomes(steering._project_batch(tasks_of(model), 0.5, None), expected)
+    assert_same_outcomes(tasks_room._project_batch(tasks_of(model), 0.5, None), expected)
     assert same(model, twin)
 
 
@@ -271,12 +271,12 @@ def test_batches_hold_one_size_and_little_memory(layers, limit):
         Task(WeightMatrix(str(i), "dense", torch.zeros(rf, M, M + 2)), ManifoldProjection())
         for i, (M, rf) in enumerate(layers)
     ]
-    before = steering.BATCH_BYTES
+    before = tasks_room.BATCH_BYTES
     try:
-        steering.BATCH_BYTES = limit
-        batches = list(steering._batches(tasks, range(len(tasks))))
+        tasks_room.BATCH_BYTES = limit
+        batches = list(tasks_room._batches(tasks, range(len(tasks))))
     finally:
-        steering.BATCH_BYTES = before
+        tasks_room.BATCH_BYTES = before
     assert sorted(i for batch in batches for i in batch) == list(range(len(tasks)))
     for batch in batches:
         (M,) = {tasks[i].matrix.M for i in batch}
@@ -322,7 +322,7 @@ def all_ways(threads):
         threads(3)
         return project_all_(tasks, strength, then)
 
-    return {"alone": project_all_, "in parallel": in_parallel, "batch": steering._project_batch}
+    return {"alone": project_all_, "in parallel": in_parallel, "batch": tasks_room._project_batch}
 
 
 WAYS = pytest.mark.parametrize("way", ["alone", "in parallel", "batch"])
@@ -369,7 +369,7 @@ def test_a_projection_that_fails_before_the_decomposition_does_not_stop_the_batc
     model = layers((40, 30), (30, 40))
     tasks = tasks_of(model)
     tasks[0] = Task(tasks[0].matrix, Refusing())
-    failed, done = steering._project_batch(tasks, 1.0, None)
+    failed, done = tasks_room._project_batch(tasks, 1.0, None)
     assert isinstance(failed, Failed)
     assert isinstance(done, Projected)
 

@@ -38,7 +38,7 @@ def traps_of(matrix, seed=0):
 
 
 def traps_left(matrix, causes, seed=0):
-    return traps_of(replace(matrix, stack=without_causes(matrix, causes)), seed).num_traps
+    return traps_of(replace(matrix, weights=without_causes(matrix, causes)), seed).num_traps
 
 
 def grams_of(stack):

@@ -10,7 +10,7 @@ from ww_train.fingers import XminPeak
 from ww_train.power_law import PowerLaw, fit_power_law
 from ww_train.truncated import TruncatedPowerLaw, _Law, sample
 
-from .oracles import evals_by_svd, gaussian, heavy, pareto
+from .oracles import evals_by_svd, gaussian, heavy, named, pareto
 
 ABOVE_ONE = TruncatedPowerLaw(PowerLaw(xmin=1.0))
 
@@ -185,7 +185,7 @@ def test_the_law_goes_over_into_the_power_law():
 # The tail is that of the other fit
 
 
-@pytest.mark.parametrize("tail", [fit_power_law, PowerLaw(drop_top=3), XminPeak()], ids=repr)
+@pytest.mark.parametrize("tail", [fit_power_law, PowerLaw(drop_top=3), XminPeak()], ids=named)
 def test_the_tail_is_that_of_the_fit_given(tail):
     evals = evals_by_svd(heavy(200, 100))
     power, fit = tail(evals), TruncatedPowerLaw(tail)(evals)

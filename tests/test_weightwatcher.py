@@ -21,10 +21,11 @@ from torch import nn
 from ww_train import KernelMP, PowerLaw, esd, measure
 from ww_train.editing.rules import AboveBulk, Bottom, DetXTail, PowerLawTail, Top
 from ww_train.editing.smoothing import smoothed
+from ww_train.weights.matrices import CheckpointError
 from ww_train.weightwatcher import WeightWatcher
 from ww_train.weightwatcher.options import REFUSED, by_alpha, smoothing_rule, tail_fit
 
-from .oracles import heavy
+from .oracles import heavy, named
 from .peer import contained, import_peer
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
@@ -295,7 +296,7 @@ def test_layers_are_chosen_by_more_than_the_peer_knows(quiet):
     assert names(["dense", 3, "head"]) == ["block.0", "head"]
     assert names(pd.Series([3, 6])) == ["block.0", "block.3"]
     assert names(quiet.describe(model)["longname"]) == ["embed", "block.0", "block.3", "head"]
-    assert names(("dense", "embedding")) == ["embed", "block.0", "block.3", "head"]
+    assert names(None) == names(("dense", "embedding")) == ["embed", "block.0", "block.3", "head"]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_layers_are_chosen_by_more_than_the_peer_knows(quiet):
         (["embedding", "head"], ValueError, "leaves no layer"),
         ([True], TypeError, "takes ids, names, types"),
         ([1.5], TypeError, "takes ids, names, types"),
-        (None, TypeError, "takes ids, names, types"),
+        ([None], TypeError, "takes ids, names, types"),
     ],
 )
 def test_layers_that_are_not_there_are_an_error(quiet, layers, error, text):
@@ -562,11 +563,26 @@ def test_the_model_of_the_last_call_is_the_model(quiet):
     assert WeightWatcher(model, "PyTorch", log_level="ERROR").analyze().equals(quiet.details)
 
 
+@pytest.mark.parametrize(
+    ("model", "error", "text"),
+    [
+        (3, TypeError, "expected an nn.Module, a state dict"),
+        ("no such folder", CheckpointError, "there is no file or folder"),
+    ],
+    ids=str,
+)
+def test_bad_models_are_said(quiet, model, error, text):
+    for call in (quiet.analyze, quiet.describe, quiet.get_ESD, quiet.SVDSmoothing):
+        with pytest.raises(error, match=text):
+            call(model)
+
+
 def test_a_list_that_is_used_up_is_read_once(quiet):
     from ww_train import weight_matrices
 
     model = make_mlp()
     ours = quiet.analyze(weight_matrices(model))
+    assert quiet.analyze().equals(ours)
     assert ours["longname"].tolist() == quiet.describe(model)["longname"].tolist()
 
 
@@ -713,14 +729,18 @@ def test_smoothing_of_dense_layers_is_the_peers(peer, quiet, method, percent):
         with pytest.raises(ValueError, match='percent belongs to method="svd"'):
             quiet.SVDSmoothing(make_mlp(), percent, method=method)
         return
-    ours, theirs = make_mlp(), make_mlp()
+    ours = make_mlp()
+    theirs = copy.deepcopy(ours)
     before = {key: value.clone() for key, value in ours.state_dict().items()}
     result = quiet.SVDSmoothing(ours, percent, method=method)
     peer("SVDSmoothing", of=theirs, percent=percent, method=method)
     assert result is ours is quiet.model
     assert [x.name for x in quiet.edits.layers] == ["embed", "block.0", "block.3", "head"]
     for key, value in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+        assert ours.state_dict()[key].dtype == torch.float32  # the peer may leave float64
+        torch.testing.assert_close(
+            ours.state_dict()[key], value, check_dtype=False, rtol=0, atol=2e-4
+        )
     assert not torch.equal(before["head.weight"], ours["head"].weight)
     assert torch.equal(before["tiny.weight"], ours["tiny"].weight)
     assert torch.equal(before["head.bias"], ours["head"].bias)
@@ -737,7 +757,7 @@ def test_smoothing_of_dense_layers_is_the_peers(peer, quiet, method, percent):
         (("svd", -0.25, "PL"), Bottom(0.75)),
         (("auto", 0.8, "PL"), by_alpha),
     ],
-    ids=str,
+    ids=named,
 )
 def test_methods_are_rules(arguments, rule):
     assert smoothing_rule(*arguments) == rule
@@ -746,7 +766,7 @@ def test_methods_are_rules(arguments, rule):
 def test_auto_is_the_bulk_for_under_trained_layers_only(quiet):
     model = make_mlp()
     left, right = (torch.linalg.qr(torch.randn(n, 30)).Q for n in (48, 30))
-    model["head"].weight.data = right @ torch.diag(torch.linspace(1.0, 1.5, 30)) @ left.mT
+    model["head"].weight.data = right @ torch.diag(torch.linspace(1.0, 1.1, 30)) @ left.mT
     alphas = quiet.analyze(model).set_index("longname")["alpha"]
     assert alphas["head"] > 6 > alphas["block.0"]
     expected = {
@@ -903,7 +923,7 @@ def test_figures_of_what_was_measured_only(tmp_path, capsys):
 
 
 def test_matrices_of_one_module_have_figures_of_their_own(tmp_path):
-    watcher = WeightWatcher(nn.MultiheadAttention(24, 2), log_level="ERROR")
+    watcher = WeightWatcher(nn.MultiheadAttention(20, 2), log_level="ERROR")
     watcher.analyze(plot=True, savefig=str(tmp_path), layers=["attention"])
     stems = {x.name.split(".")[1] for x in tmp_path.iterdir()}
     assert stems == {"layer0-q", "layer0-k", "layer0-v"}

@@ -103,14 +103,18 @@ def xmin_scan(layer: LayerReport, *, ax: Axes | None = None) -> Figure:
         return message(ax, NO_TAIL, title=_title(layer))
     scan = _scan(layer.spectrum.positive, fit)
     xmin = [one.xmin for one in scan]
-    (distance,) = ax.plot(xmin, [one.D for one in scan], color=BLUE, linewidth=1.4, label="D")
+    dot = "o" if len(scan) == 1 else ""  # a line of one point is not seen
     ax.set_xscale("log")
+    if xmin[-1] < 1.01 * xmin[0]:
+        ax.set_xlim(xmin[0] / 2.0, 2.0 * xmin[-1])
+    distances = [one.D for one in scan]
+    (distance,) = ax.plot(xmin, distances, dot + "-", color=BLUE, linewidth=1.4, label="D")
     ax.set_ylim(bottom=0.0)
     line = ax.axvline(fit.xmin, color=RED, linestyle="--", linewidth=1.4)
     right = ax.twinx()
     new_axes(right).patch.set_visible(False)
     right.spines["right"].set_visible(True)
-    (alpha,) = right.plot(xmin, [one.alpha for one in scan], color=ORANGE, label="alpha")
+    (alpha,) = right.plot(xmin, [one.alpha for one in scan], dot + "-", color=ORANGE, label="alpha")
     top = 1.0 + 2.0 * max(fit.alpha - 1.0, 2.0)  # short tails reach alphas of hundreds
     right.set_ylim(min(1.0, fit.alpha - 1.0), top)
     right.set_ylabel("alpha (orange)", fontsize=9, color=INK)

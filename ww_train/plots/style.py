@@ -124,7 +124,10 @@ _LEGEND: dict[str, Any] = {
 
 def label(name: str, limit: int = 28) -> str:
     """A name as a label: one line, plain ASCII, not read as mathematics, shortened in the middle."""
-    plain = " ".join(name.split()).encode("ascii", "backslashreplace").decode()
+    plain = "".join(
+        c if c.isascii() and c.isprintable() else c.encode("unicode_escape").decode()
+        for c in " ".join(name.split())
+    )
     if len(plain) > limit:
         head = (limit - 1) // 2
         plain = f"{plain[:head]}…{plain[len(plain) - (limit - 1 - head) :]}"

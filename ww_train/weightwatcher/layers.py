@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 from torch import Tensor, nn
@@ -80,9 +80,9 @@ def numbered_layers(model: Source, start_ids: int = 0) -> list[NumberedLayer]:
         model: Any source that `measure` takes.
         start_ids: The first id.
     """
-    if not isinstance(model, nn.Module | Mapping | Tensor | np.ndarray | str | os.PathLike):
+    if isinstance(model, Iterator):
         model = list(model)  # it is walked over twice
-    found = weight_matrices(model)
+    found = list(weight_matrices(model))
     ids = dict(_ids(model, start_ids))
     short = isinstance(model, nn.Module)
     layers = [
@@ -94,7 +94,7 @@ def numbered_layers(model: Source, start_ids: int = 0) -> list[NumberedLayer]:
     return sorted(layers, key=lambda layer: layer.layer_id)
 
 
-def chosen_layers(layers: list[NumberedLayer], wanted: PeerLayers) -> list[NumberedLayer]:
+def chosen_layers(layers: list[NumberedLayer], wanted: PeerLayers | None) -> list[NumberedLayer]:
     """The layers that WeightWatcher's `layers=` means.
 
     A layer is chosen if one of the ids or names is its own, or there are none, if no negative id and
@@ -103,7 +103,7 @@ def chosen_layers(layers: list[NumberedLayer], wanted: PeerLayers) -> list[Numbe
     Args:
         layers: All layers.
         wanted: Ids, names (short or long), types, ids below zero and "-names" to leave out; nothing
-            for all layers.
+            or None for all layers.
 
     Raises:
         ValueError: If an id, name or type belongs to no layer, ids of both signs are mixed, or
@@ -116,13 +116,13 @@ def chosen_layers(layers: list[NumberedLayer], wanted: PeerLayers) -> list[Numbe
     known = {layer.longname for layer in layers} | {layer.name for layer in layers}
     own_types = {layer.layer_type for layer in layers} - known - {"skipped"}
     types = [f for f in filters if isinstance(f, str) and f in TYPES | own_types]
-    numbers = [int(f) for f in filters if isinstance(f, Integral) and not isinstance(f, bool)]
+    numbers = [int(f) for f in filters if _is_id(f)]
     dropped = _with_ids(layers, [-number for number in numbers if number < 0])
     kept = _with_ids(layers, [number for number in numbers if number >= 0])
     if kept and dropped:
         raise ValueError(f"ids are all to keep or, below zero, all to leave out, got {numbers}")
     for pattern in filters:
-        if pattern in types or (isinstance(pattern, Integral) and not isinstance(pattern, bool)):
+        if _is_id(pattern) or pattern in types:
             continue
         if isinstance(pattern, str) and pattern.startswith("-"):
             dropped |= _named(layers, pattern[1:])
@@ -184,10 +184,16 @@ def _with_bases(
             yield replace(update, name=f"{bases[name].name}{MERGED}", matrix=total)
 
 
-def _listed(wanted: PeerLayers) -> Iterable[object]:
+def _listed(wanted: PeerLayers | None) -> Iterable[object]:
+    if wanted is None:
+        return []
     if isinstance(wanted, str) or not isinstance(wanted, Iterable):
         return [wanted]
     return wanted
+
+
+def _is_id(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _ids(model: Source, start_ids: int) -> Iterator[tuple[str, int]]:
@@ -211,14 +217,13 @@ def _ids(model: Source, start_ids: int) -> Iterator[tuple[str, int]]:
 
 def _stored_names(path: Path) -> list[str]:
     """The keys of a file or folder in the order in which WeightWatcher reads them."""
-    state, _ = read_checkpoint(path)
-    names = list(state)
-    if path.is_dir():
-        for index in path.glob("*.safetensors.index.json"):
-            shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return _weights_first(sorted(shards, key=lambda name: shards[name]))
-    if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
+    names = list(read_checkpoint(path)[0])
+    folder = path if path.is_dir() else None
+    if path.suffix == ".safetensors" or (folder and any(folder.glob("*.safetensors"))):
         names.sort()
+    for index in folder.glob("*.safetensors.index.json") if folder else ():
+        shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(shards, key=shards.__getitem__)
     return _weights_first(names)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -98,7 +99,7 @@ class WeightWatcher:
     def analyze(
         self,
         model: Source | None = None,
-        layers: PeerLayers = (),
+        layers: PeerLayers | None = (),
         min_evals: int | None = MIN_EVALS,
         max_evals: int | None = MAX_EVALS,
         *,
@@ -193,17 +194,15 @@ class WeightWatcher:
         refuse(min_size=min_size, max_size=max_size, glorot_fix=glorot_fix, fft=fft, intra=intra)
         refuse(conv2d_fft=conv2d_fft, channels=channels, stacked=stacked, sparsify=sparsify)
         folder = figure_folder(plot, savefig, deltas)
-        solver, tail = (
-            eigensolver(svd_method),
-            tail_fit(
-                fit,
-                fix_fingers=fix_fingers,
-                xmin_max=xmin_max,
-                max_fingers=max_fingers,
-                finger_thresh=finger_thresh,
-                pl_package=pl_package,
-                xmax=xmax,
-            ),
+        solver = eigensolver(svd_method)
+        tail = tail_fit(
+            fit,
+            fix_fingers=fix_fingers,
+            xmin_max=xmin_max,
+            max_fingers=max_fingers,
+            finger_thresh=finger_thresh,
+            pl_package=pl_package,
+            xmax=xmax,
         )
         pool, erg = pool and not ww2x, detX or ERG
         base = self.base_model if base_model is None else base_model
@@ -263,7 +262,7 @@ class WeightWatcher:
     def describe(
         self,
         model: Source | None = None,
-        layers: PeerLayers = (),
+        layers: PeerLayers | None = (),
         min_evals: int | None = MIN_EVALS,
         max_evals: int | None = MAX_EVALS,
         *,
@@ -356,7 +355,7 @@ class WeightWatcher:
         model_1: Source,
         model_2: Source,
         method: str = "raw",
-        layers: PeerLayers = (),
+        layers: PeerLayers | None = (),
         *,
         start_ids: int = 0,
         pool: bool = True,
@@ -392,7 +391,7 @@ class WeightWatcher:
         percent: float = PERCENT,
         *,
         pool: bool = True,
-        layers: PeerLayers = (),
+        layers: PeerLayers | None = (),
         method: str = "detX",
         fit: str | TailFit = "PL",
         plot: bool = False,
@@ -437,7 +436,7 @@ class WeightWatcher:
         model: Source | None = None,
         *,
         pool: bool = True,
-        layers: PeerLayers = (),
+        layers: PeerLayers | None = (),
         plot: bool = False,
         start_ids: int = 0,
     ) -> Source:
@@ -468,7 +467,7 @@ class WeightWatcher:
     def _source(self, model: Source | None) -> Source:
         """The model to use, which later calls use too."""
         if model is not None:
-            self.model = model
+            self.model = list(model) if isinstance(model, Iterator) else model
         if self.model is None:
             raise ValueError("there is no model: pass WeightWatcher(model=...) or model=...")
         return self.model
@@ -476,7 +475,7 @@ class WeightWatcher:
     def _layers(
         self,
         model: Source | None,
-        layers: PeerLayers,
+        layers: PeerLayers | None,
         start_ids: int,
         base_model: Source | None,
         peft: bool | str,
@@ -497,7 +496,7 @@ class WeightWatcher:
         return chosen[0]
 
     def _editable(
-        self, model: Source | None, layers: PeerLayers, start_ids: int
+        self, model: Source | None, layers: PeerLayers | None, start_ids: int
     ) -> tuple[Editable, list[str]]:
         """The model, and the names of those of its layers that `analyze` would analyse."""
         target = self._source(model)
