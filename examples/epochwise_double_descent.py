@@ -45,26 +45,23 @@ def run(data: Data, widths: tuple[int, int], how: dict, noise: float) -> list[di
 
 def finding(means: pd.DataFrame) -> str:
     """Where the mean test error turns, and what the spectra are there."""
-    errors = means.test_error
+    errors, end = means.test_error, means.index[-1]
     dip = errors.idxmin()
     peak = errors.loc[dip:].idxmax()
-    low, end = errors.loc[peak:].idxmin(), means.index[-1]
-    again = errors[peak] - errors[low]
-    said = [
-        f"alpha of {name} is "
-        + ", ".join(f"{means[f'alpha_{name}'][epoch]:.2f}" for epoch in (dip, peak, end))
-        + " and its traps "
-        + ", ".join(f"{means[f'traps_{name}'][epoch]:.1f}" for epoch in (dip, peak, end))
-        for name in HIDDEN
-    ]
-    second = (
-        f"then falls again by {again:.1f} points to {errors[low]:.1f} % in epoch {low}"
-        if again >= 0.5
-        else "and falls no more by half a point: there is no second descent"
+    said = []
+    for name in HIDDEN:
+        alpha, traps = means[f"alpha_{name}"], means[f"traps_{name}"]
+        shown = ", ".join(f"{alpha[epoch]:.2f}" for epoch in (dip, peak, end))
+        below = f"from epoch {alpha.index[alpha < 2.0][0]}" if any(alpha < 2.0) else "never"
+        said.append(
+            f"alpha of {name} is {shown} (below 2: {below}), its traps {traps.max():.1f} at most"
+        )
+    again = (
+        "a second descent" if errors[peak] - errors[end] >= 1.0 else "no second descent by a point"
     )
     return (
-        f"The mean test error is least in epoch {dip} ({errors[dip]:.1f} %), rises to "
-        f"{errors[peak]:.1f} % in epoch {peak}, {second}. In epochs {dip}, {peak} and {end} "
+        f"The mean test error is least in epoch {dip} ({errors[dip]:.1f} %), {errors[peak]:.1f} % in "
+        f"epoch {peak} and {errors[end]:.1f} % in epoch {end}: {again}. In these epochs "
         f"{'; '.join(said)}."
     )
 

@@ -973,13 +973,14 @@ def test_the_update_of_an_adapter_is_measured_as_it_is_applied(ww):
 # Distances and edits
 
 
+@torch.no_grad()
 def test_distances_of_models_that_differ_in_their_layers(ww):
     first, second = Layers("fc1", "fc2"), Layers("fc2")
     delta = float(torch.linalg.vector_norm(first.fc2.weight - second.fc2.weight))
     with contained():
         watcher = ww.module.WeightWatcher(model=first)
-        mean, _, theirs = watcher.distances(first, second)
         wrong = watcher.distances(model_of(a=gaussian(30, 20)), model_of(a=gaussian(31, 20)))[0]
+        mean, _, theirs = watcher.distances(first, second)
     assert watcher.model is second
     assert (len(theirs), theirs.longname.tolist(), wrong) == (1, ["fc1"], -1)
     assert mean == pytest.approx(float((first.fc1.weight - second.fc2.weight).norm()), rel=1e-5)
@@ -993,6 +994,7 @@ def test_distances_of_models_that_differ_in_their_layers(ww):
     assert found.layers[0].frobenius == pytest.approx(delta, rel=1e-5)
 
 
+@torch.no_grad()
 def test_distances_of_convolutions_see_their_shape_and_bias(ww):
     first, second = (nn.Sequential(nn.Conv2d(24, 16, 3)) for _ in range(2))
     with contained():
@@ -1117,6 +1119,13 @@ def test_more_inputs_are_accepted(ww):
     assert row(wrapped, base_model=base)["norm"] == norm
     with pytest.raises(KeyError):
         ww.analyze(wrapped, base_model=base)
+
+
+def test_a_spectrum_that_is_known_is_not_computed_again():
+    model, other = model_of(a=gaussian(30, 20)), model_of(a=gaussian(30, 20, 1))
+    known = measure(other)["a"].spectrum
+    assert measure(model, spectra={"a": known})["a"].spectrum is known
+    assert measure(model, spectra={"b": known})["a"].spectrum.norm != known.norm
 
 
 def test_describe_lists_what_would_be_skipped(ww):
