@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 MATRIX = {
-    "lightning-2.2": (["lightning==2.2.*", "setuptools<81"], "test_lightning.py"),
+    "lightning-2.5": (["lightning==2.5.*"], "test_lightning.py"),
     "lightning-newest": (["lightning"], "test_lightning.py"),
     "transformers-4.46": (["transformers==4.46.*", "accelerate==1.0.*"], "test_huggingface.py"),
     "transformers-4.57": (["transformers==4.57.*", "accelerate"], "test_huggingface.py"),
