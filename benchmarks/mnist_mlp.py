@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ww_train import WWPGD, Projected
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
-from datasets import load
+from images import load
 
 HIDDEN = ("fc1", "fc2")
 """The layers with 512 eigenvalues each; the ten of fc3 are too few for a tail."""

@@ -170,6 +170,14 @@ def plan(candidates: Sequence[Candidate], affordable: float) -> Plan:
     return Plan(tuple(sorted(chosen)), (), work)
 
 
+def with_spectra(chosen: Plan, candidates: Sequence[Candidate]) -> Plan:
+    """The same plan with the spectra of all these layers, affordable or not."""
+    missing = [c for c in candidates if c.layer_id not in {*chosen.whole, *chosen.spectra}]
+    spectra = (*chosen.spectra, *(layer.layer_id for layer in missing))
+    work = chosen.work + sum(layer.spectrum for layer in missing)
+    return Plan(chosen.whole, tuple(sorted(spectra)), work)
+
+
 def _first(
     layers: Sequence[Candidate], costs: Sequence[float], affordable: float
 ) -> tuple[set[int], float]:

@@ -59,7 +59,8 @@ class SpectralMonitor:
         every_n_epochs: Measure every n-th epoch; None for not at all. Projections happen in each.
         every_n_steps: Also measure every n-th optimizer step.
         at_start: Measure before the first step.
-        at_end: Measure after the last step what has not been measured since.
+        at_end: Measure after the last step what has not been measured since, every spectrum even
+            beyond the budget.
         budget: What watching may cost as a fraction of the training time: see
             `ww_train.callbacks.budget.Budget`. None to always measure everything.
         early_stop: When to stop: see `ww_train.callbacks.early_stopping`. Sets `should_stop`.
@@ -262,6 +263,7 @@ class SpectralMonitor:
         step: int,
         project: bool = True,
         due: bool | None = None,
+        last: bool = False,
         log_step: int | None = None,
     ) -> dict[str, float]:
         """Project, measure, log and record, at the end of an epoch or at any other time.
@@ -275,6 +277,7 @@ class SpectralMonitor:
             step: Number of optimizer steps done.
             project: False to only measure.
             due: Whether to measure; by default at every n-th epoch.
+            last: Training is over: measure every spectrum, also beyond the budget.
             log_step: The x of the loggers, if it is not the step.
 
         Returns:
@@ -296,7 +299,7 @@ class SpectralMonitor:
             known = known_spectra(self.projected, found, model)
             with self.budget.watching() as spent:
                 if due:
-                    scalars |= self._measure(model, ranks, epoch, step, known)
+                    scalars |= self._measure(model, ranks, epoch, step, known, last)
                 if scalars:
                     self.logbook.record({"epoch": float(epoch), "step": float(step), **scalars})
                 if scalars and ranks.first:
@@ -332,7 +335,7 @@ class SpectralMonitor:
         """
         due = due and self.at_end
         scalars = self.boundary(
-            model, epoch=epoch, step=step, project=False, due=due, log_step=log_step
+            model, epoch=epoch, step=step, project=False, due=due, last=True, log_step=log_step
         )
         self.draw(epoch=epoch, step=step if log_step is None else log_step)
         if self.summary and not self._warn.silent and self.report:
@@ -375,13 +378,19 @@ class SpectralMonitor:
         self._warn.given = set(state["warned"])
 
     def _measure(
-        self, model: nn.Module, ranks: Ranks, epoch: int, step: int, known: Mapping[str, Spectrum]
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        epoch: int,
+        step: int,
+        known: Mapping[str, Spectrum],
+        last: bool,
     ) -> dict[str, float]:
         started = self.budget.clock()
         line, budget = self.timeline, self.budget
         try:
             fresh = self.survey.take(
-                model, step=step, timeline=line, budget=budget, ranks=ranks, known=known
+                model, step=step, timeline=line, budget=budget, ranks=ranks, known=known, last=last
             )
             if fresh is None:
                 return {}

@@ -15,7 +15,7 @@ from ww_train.selection import Layers, select
 from ww_train.spectrum import Spectrum
 from ww_train.weights.matrices import WeightMatrix, weight_matrices
 
-from .budget import FIT, Budget, Candidate, Plan, decomposition_work, plan
+from .budget import FIT, Budget, Candidate, Plan, decomposition_work, plan, with_spectra
 from .sharing import Ranks
 from .timeline import Timeline
 
@@ -61,6 +61,7 @@ class Survey:
         budget: Budget,
         ranks: Ranks,
         known: Mapping[str, Spectrum],
+        last: bool = False,
     ) -> Report | None:
         """Measure what is not of this step already and can be afforded; the same on all ranks.
 
@@ -71,6 +72,7 @@ class Survey:
             budget: Pays.
             ranks: Who measures; the first one plans.
             known: Spectra of this moment, by layer name.
+            last: Training is over: every spectrum is measured, whatever it costs.
 
         Returns:
             The report of what was measured; None if nothing was.
@@ -78,7 +80,7 @@ class Survey:
         Raises:
             Exception: Whatever went wrong, on every rank.
         """
-        mine = _attempt(lambda: self._plan(model, step, timeline, budget, known))
+        mine = _attempt(lambda: self._plan(model, step, timeline, budget, known, last))
         chosen = ranks.agree(mine)
         if isinstance(chosen, str):
             raise RuntimeError(chosen)
@@ -118,6 +120,7 @@ class Survey:
         timeline: Timeline,
         budget: Budget,
         known: Mapping[str, Spectrum],
+        last: bool,
     ) -> Plan | None:
         entries = self._look_up(model)
         counted = timeline.shuffled if self.randomize else timeline.measured
@@ -136,6 +139,8 @@ class Survey:
             for entry in stale
         ]
         chosen = plan(layers, budget.affordable)
+        if last:
+            chosen = with_spectra(chosen, [layer for layer in layers if layer.measured != step])
         return chosen if chosen.whole or chosen.spectra or not entries else None
 
     def _look_up(self, model: nn.Module) -> tuple[Entry, ...]:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import NAMES, load
+from images import NAMES, load
 from matplotlib.figure import Figure
 from outcome import save
 from torch import nn

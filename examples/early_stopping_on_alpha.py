@@ -19,7 +19,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pandas as pd
 import torch
-from datasets import NAMES, load
+from images import NAMES, load
 from lightning.pytorch.callbacks import EarlyStopping
 from matplotlib.figure import Figure
 from outcome import save

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from datasets import load
+from images import load
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

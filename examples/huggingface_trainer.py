@@ -11,7 +11,6 @@ learns, alpha falls into the range from 2 to 6, in every layer.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -19,9 +18,6 @@ from corpus import CHARACTERS, shakespeare, split
 from matplotlib.figure import Figure
 from outcome import save
 from torch import Tensor
-
-sys.path.pop(0)  # or Transformers takes the datasets.py of this folder for Hugging Face's library
-
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from ww_train import Report, plots

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from datasets import NAMES, load
+from images import NAMES, load
 from outcome import save
 from torch import nn
 from tqdm import trange

@@ -10,13 +10,9 @@ the script runs as well.
 
 # %% A base model, and a fine-tuned copy of it
 import copy
-import sys
 
 import torch
 from corpus import CHARACTERS, manual, source
-
-sys.path.pop(0)  # or Transformers takes the datasets.py of this folder for Hugging Face's library
-
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ww_train as ww

@@ -10,14 +10,10 @@ eigenvalues only of a weight with its update.
 """
 
 # %% A model with trained adapters
-import sys
 import tempfile
 
 import torch
 from corpus import CHARACTERS, manual, source
-
-sys.path.pop(0)  # or Transformers takes the datasets.py of this folder for Hugging Face's library
-
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -11,7 +11,7 @@ them with figures, and compares its spectrum with that of its shuffled weights. 
 import os
 
 import torch
-from datasets import load
+from images import load
 from torch import nn
 
 import ww_train as ww

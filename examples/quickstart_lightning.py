@@ -15,7 +15,7 @@ import warnings
 import lightning.pytorch as pl
 import pandas as pd
 import torch
-from datasets import NAMES, load
+from images import NAMES, load
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

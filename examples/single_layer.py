@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from datasets import NAMES, load
+from images import NAMES, load
 from matplotlib.figure import Figure
 from outcome import save
 from torch import Tensor, nn

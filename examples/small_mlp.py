@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from datasets import NAMES, load
+from images import NAMES, load
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import NullFormatter

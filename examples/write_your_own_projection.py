@@ -9,7 +9,7 @@ import argparse
 
 import numpy as np
 import torch
-from datasets import load
+from images import load
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

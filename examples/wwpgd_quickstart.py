@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from datasets import load
+from images import load
 from matplotlib.figure import Figure
 from outcome import save
 from torch import Tensor, nn

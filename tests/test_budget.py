@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from ww_train import measure
 from ww_train.callbacks import survey
 from ww_train.callbacks.budget import GRANT, Budget, Candidate, decomposition_work, plan
 from ww_train.callbacks.monitor import SpectralMonitor
@@ -213,7 +214,19 @@ def run(monitor, clock, model, epochs, seconds):
 
 
 def watch(model, clock, **options):
-    return SpectralMonitor(model, clock=clock, summary=False, **options)
+    """Without the measurement at the end, which the budget does not bind."""
+    return SpectralMonitor(model, **{"clock": clock, "summary": False, "at_end": False, **options})
+
+
+def test_at_the_end_every_spectrum_is_measured_whatever_it_costs(clock):
+    monitor = watch(model := net(5), clock, at_end=True)
+    run(monitor, clock, model, 4, 1.0)
+    assert set(monitor.timeline.measured.values()) == {4}
+    assert max(monitor.timeline.shuffled.values()) < 4  # traps cannot be afforded
+    assert [layer.alpha for layer in monitor.report] == [layer.alpha for layer in measure(model)]
+    spent = monitor.budget.spent
+    monitor.close()
+    assert monitor.budget.spent == spent  # nothing is measured twice
 
 
 def test_a_short_run_is_measured_in_full(clock, monkeypatch):

@@ -1,4 +1,4 @@
-"""The data of the examples: embedded digits, or MNIST and Fashion-MNIST from a folder or download."""
+"""The images of the examples: embedded digits, or MNIST and Fashion-MNIST from a folder or download."""
 
 from __future__ import annotations
 
@@ -22,8 +22,15 @@ def load(name: str, data_dir: str | None = None) -> tuple[TensorDataset, TensorD
 
     `digits` (1797 images of 8x8) ships with scikit-learn. The others (70,000 of 28x28) are read from
     IDX files, gzipped or not, in `data_dir` or the folder named by WW_TRAIN_DATA, or in a subfolder
-    with the dataset's name; without a folder torchvision downloads them.
+    with the dataset's name; without a folder torchvision downloads them. Where neither is possible a
+    line says so and the digits are used.
     """
+    folder = None if name == "digits" or name not in NAMES else _folder(name, data_dir)
+    if folder is None and name in NAMES[1:]:
+        print(
+            f"no {name}: no --data-dir, no WW_TRAIN_DATA and no download; using the digits instead"
+        )
+        name = "digits"
     if name == "digits":
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -33,7 +40,7 @@ def load(name: str, data_dir: str | None = None) -> tuple[TensorDataset, TensorD
             images, labels, test_size=0.25, random_state=0, stratify=labels
         )
     elif name in NAMES:
-        folder = _folder(name, data_dir or os.environ.get("WW_TRAIN_DATA"))
+        assert folder is not None
         (train_x, train_y), (test_x, test_y) = (_read(folder, part) for part in ("train", "test"))
     else:
         raise SystemExit(f"unknown dataset {name!r}; known: {', '.join(NAMES)}")
@@ -47,17 +54,16 @@ def _tensors(images: np.ndarray, labels: np.ndarray) -> TensorDataset:
     )
 
 
-def _folder(name: str, data_dir: str | None) -> Path:
+def _folder(name: str, data_dir: str | None) -> Path | None:
+    data_dir = data_dir or os.environ.get("WW_TRAIN_DATA")
     if data_dir is None:
         try:
             import torchvision
-        except ModuleNotFoundError:
-            raise SystemExit(
-                f"{name} needs a folder (--data-dir or WW_TRAIN_DATA) or torchvision to download it: "
-                "pip install 'ww-train[examples]'"
-            ) from None
-        dataset = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name]
-        getattr(torchvision.datasets, dataset)("data", download=True)
+
+            dataset = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name]
+            getattr(torchvision.datasets, dataset)("data", download=True)
+        except (ModuleNotFoundError, OSError, RuntimeError):  # no torchvision, no network
+            return None
         return Path("data", dataset, "raw")
     for folder in (Path(data_dir, name), Path(data_dir)):
         if all(_find(folder, file) for files in FILES.values() for file in files):
