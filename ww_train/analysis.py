@@ -27,6 +27,7 @@ from ww_train.spectrum import Array, Spectrum
 from ww_train.trap_causes import TrapCause, trap_causes
 from ww_train.traps import average_traps, count_traps
 from ww_train.weights.matrices import (
+    NOT_FINITE,
     Skipped,
     Source,
     WeightMatrix,
@@ -260,7 +261,7 @@ def _traps(plan: Plan, shuffles: list[Tensor], seed: int) -> dict[str, Any]:
 def _malformed(evals: Tensor, base: WeightMatrix | None) -> str | None:
     top = float(evals.max())  # NaN if there is one
     if math.isnan(top) or (math.isfinite(top) and math.isinf(float(evals.sum()))):
-        return "NaN or infinite weights, or squares that overflow"
+        return NOT_FINITE
     if math.isinf(top):
         return "the eigenvalue solver failed"
     if top > 0.0:

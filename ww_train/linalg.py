@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeAlias
@@ -181,6 +182,19 @@ def decompose(
                 jobs[i].release()
 
 
+@contextmanager
+def one_core_each() -> Iterator[ThreadPoolExecutor]:
+    """A worker for each core, whose computations use that core alone."""
+    threads = torch.get_num_threads()
+    # the number of threads is a property of each thread; new ones inherit the last one set
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
 def _begin(job: Job, reader: Executor) -> Callable[[], object]:
     """Start to load a job; the result waits until it is loaded."""
     if job.nbytes and not job.collective:
@@ -208,10 +222,6 @@ def _on_all_cores(
     """Solve each on one core, in order; as many are loaded as fit into `LOAD_BYTES`."""
     if not indices:
         return
-    threads = torch.get_num_threads()
-    # the number of threads is a property of each thread; new ones inherit the last one set
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    reader = ThreadPoolExecutor(1)
     waiting: deque[tuple[int, Future[list[Tensor]]]] = deque()
 
     def solve_loaded(i: int, loaded: Callable[[], object]) -> list[Tensor]:
@@ -223,20 +233,20 @@ def _on_all_cores(
         yield i, solving.result()
         jobs[i].release()
 
+    reader = ThreadPoolExecutor(1)
     try:
-        held = 0
-        for i in indices:
-            while waiting and held + jobs[i].nbytes > LOAD_BYTES:
-                held -= jobs[waiting[0][0]].nbytes
+        with one_core_each() as pool:
+            held = 0
+            for i in indices:
+                while waiting and held + jobs[i].nbytes > LOAD_BYTES:
+                    held -= jobs[waiting[0][0]].nbytes
+                    yield from first()
+                held += jobs[i].nbytes
+                waiting.append((i, pool.submit(solve_loaded, i, _begin(jobs[i], reader))))
+            while waiting:
                 yield from first()
-            held += jobs[i].nbytes
-            waiting.append((i, pool.submit(solve_loaded, i, _begin(jobs[i], reader))))
-        while waiting:
-            yield from first()
     finally:
-        for executor in (pool, reader):
-            executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        reader.shutdown(cancel_futures=True)
 
 
 def _batched(jobs: Sequence[Job], chosen: list[int]) -> Iterator[Solved]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -93,8 +94,7 @@ class Plan:
         m = self.matrix
         evals: Array = np.zeros((len(slices), m.M))
         evals[:, m.M - slices.shape[1] :] = slices.numpy()
-        evals = np.sort(evals, axis=None)
-        return Spectrum(evals * m.scale**2, m.N, m.M, len(slices), self.eps)
+        return replace(m.spectrum(evals * m.scale**2), eps=self.eps)
 
 
 def selected(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,9 +74,7 @@ class Decomposed:
         """Decompose the float64 weights of a layer, which may have been scaled."""
         evals, vectors = torch.linalg.eigh(gram(stack))
         evals = evals.clamp_min(0.0)
-        host = np.sort(evals.flatten().cpu().numpy())
-        eps = torch.finfo(matrix.dtype).eps
-        return cls(stack, evals, vectors, Spectrum(host, matrix.N, matrix.M, matrix.rf, eps))
+        return cls(stack, evals, vectors, matrix.spectrum(evals.cpu().numpy()))
 
     def tail(self, k: int) -> list[tuple[Tensor, Tensor]]:
         """Left and right singular vectors of each slice, of the k largest eigenvalues of all slices.

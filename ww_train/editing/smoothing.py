@@ -21,8 +21,7 @@ from ww_train.editing.rewriting import rewrite_checkpoint
 from ww_train.editing.rules import DETX_TAIL, Rule, kept_by
 from ww_train.linalg import gram
 from ww_train.selection import Layers
-from ww_train.spectrum import Spectrum
-from ww_train.weights.matrices import Skipped, WeightMatrix
+from ww_train.weights.matrices import NOT_FINITE, Skipped, WeightMatrix
 
 
 @dataclass(frozen=True)
@@ -135,15 +134,14 @@ class _Truncation:
     def __call__(self, matrix: WeightMatrix) -> Smoothed | Skipped:
         grams = gram(matrix.stack, matrix.scale)
         if not bool(grams.isfinite().all()):
-            return Skipped(matrix.name, "NaN or infinite weights, or squares that overflow")
+            return Skipped(matrix.name, NOT_FINITE)
         try:
             evals, vectors = torch.linalg.eigh(grams)
         except RuntimeError as error:  # no convergence, or no memory
             return Skipped(matrix.name, f"the eigenvalue solver failed: {error}")
         flat = evals.clamp_min(0.0).flatten().cpu().numpy()
         order = np.argsort(flat, kind="stable")
-        eps = torch.finfo(matrix.dtype).eps
-        spectrum = Spectrum(flat[order], matrix.N, matrix.M, matrix.rf, eps)
+        spectrum = matrix.spectrum(flat)
         if spectrum.norm == 0.0:
             return Skipped(matrix.name, "all weights are zero, or so small that their squares are")
         try:

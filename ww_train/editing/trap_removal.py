@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ww_train.editing.edits import Editable, Edits, edit_, write_
 from ww_train.linalg import gram_eigenvalues
 from ww_train.selection import Layers
-from ww_train.spectrum import Array, Spectrum
 from ww_train.trap_causes import TrapCause, trap_causes, without_causes
 from ww_train.traps import Traps, count_traps, shuffle
 from ww_train.weights.matrices import Skipped, WeightMatrix, slices
@@ -150,11 +148,5 @@ def shuffled_traps(matrix: WeightMatrix, seed: int = 0) -> Traps:
     """
     evals = gram_eigenvalues(shuffle(matrix.stack, seed, matrix.name)).cpu().numpy()
     evals *= matrix.scale**2
-    parts = [_spectrum(matrix, part) for part in evals]
-    return count_traps(_spectrum(matrix, evals), seed, parts)
-
-
-def _spectrum(matrix: WeightMatrix, evals: Array) -> Spectrum:
-    rf = evals.size // matrix.M
-    eps = torch.finfo(matrix.dtype).eps
-    return Spectrum(np.sort(evals, axis=None), matrix.N, matrix.M, rf, eps)
+    parts = [matrix.spectrum(part) for part in evals]
+    return count_traps(matrix.spectrum(evals), seed, parts)

@@ -7,11 +7,10 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ww_train.ranks import together
@@ -25,6 +24,9 @@ from ww_train.steering.targets import Choice, chosen, projection_targets, refuse
 from ww_train.steering.tasks import Failed, Outcome, Projections, Task, assign
 from ww_train.weights.matrices import Skipped, reasons
 from ww_train.weights.weight_matrix import sharded
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class WWPGD(Optimizer):

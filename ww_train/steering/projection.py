@@ -24,7 +24,7 @@ from ww_train.linalg import gram
 from ww_train.power_law import SMALL_N, PowerLawFit, fit_power_law
 from ww_train.spectrum import EPS64, Array, Spectrum
 from ww_train.steering.rounding import round_to
-from ww_train.weights.matrices import Skipped, WeightMatrix, of_parameter
+from ww_train.weights.matrices import NOT_FINITE, Skipped, WeightMatrix, of_parameter
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
 """What was done to the weights, `(rf, rows, cols)` to the same shape in float64, linear."""
@@ -164,7 +164,7 @@ class SpectralProjection(ABC):
         """The step, given the `(rf, M)` eigenvalues and `(rf, M, M)` vectors of the Gram matrices."""
         host = evals.clamp_min(0.0).flatten().cpu().numpy()
         order = np.argsort(host)[::-1]
-        before = _spectrum(matrix, host)
+        before = matrix.spectrum(host)
         if before.norm == 0.0:
             return Skipped(matrix.name, "all weights are zero")
         move = self.move(before, strength)
@@ -183,7 +183,7 @@ class SpectralProjection(ABC):
         matrix.stack.copy_(rounded)
         if then is not None:
             then(operator)
-        after = _spectrum(matrix, move.evals)
+        after = matrix.spectrum(move.evals)
         return Projected(matrix.name, strength, move.distance, move.tail_size, before, after)
 
 
@@ -210,9 +210,6 @@ def _scaling(vectors: Tensor, factors: Array, rest: float) -> Operator:
     return operator
 
 
-NOT_FINITE = "NaN or infinite weights, or squares that overflow"
-
-
 def _as_matrix(matrix: WeightMatrix | Tensor) -> WeightMatrix | Skipped:
     if isinstance(matrix, Tensor):
         if matrix.ndim != 2:
@@ -221,8 +218,3 @@ def _as_matrix(matrix: WeightMatrix | Tensor) -> WeightMatrix | Skipped:
     if not isinstance(matrix, WeightMatrix):
         raise TypeError(f"expected a WeightMatrix or a Tensor, got {type(matrix).__name__}")
     return matrix
-
-
-def _spectrum(matrix: WeightMatrix, evals: Array) -> Spectrum:
-    eps = torch.finfo(matrix.stack.dtype).eps
-    return Spectrum(np.sort(evals), matrix.N, matrix.M, matrix.rf, eps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -12,11 +11,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ww_train.linalg import BATCH_BYTES, LARGE, gram
+from ww_train.linalg import BATCH_BYTES, LARGE, gram, one_core_each
 from ww_train.selection import Pattern, select
 from ww_train.steering.manifold_projection import ManifoldProjection
 from ww_train.steering.projection import (
-    NOT_FINITE,
     Operator,
     Projected,
     Projection,
@@ -24,7 +22,7 @@ from ww_train.steering.projection import (
 )
 from ww_train.steering.schedules import check_strength
 from ww_train.steering.targets import Choice, chosen, projection_targets
-from ww_train.weights.matrices import Skipped, WeightMatrix, reasons
+from ww_train.weights.matrices import NOT_FINITE, Skipped, WeightMatrix, reasons
 
 Projections: TypeAlias = "Projection | Mapping[Pattern, Projection]"
 """One projection for all layers, or by pattern: the first that matches a layer's name."""
@@ -97,8 +95,9 @@ def project_all_(tasks: Sequence[Task], strength: float, then: Then | None = Non
     on_cpu = [i for i in spectral if tasks[i].matrix.stack.device.type == "cpu"]
     small = [i for i in on_cpu if tasks[i].matrix.M < LARGE]
     if len(small) > 1 and torch.get_num_threads() > 1:
-        done = _on_all_cores([tasks[i] for i in small], strength, then)
-        results.update(zip(small, done, strict=True))
+        with one_core_each() as pool:
+            done = pool.map(lambda i: _project(tasks[i], strength, then), small)
+            results.update(zip(small, done, strict=True))
     for batch in _batches(tasks, sorted(set(spectral) - set(on_cpu))):
         outcomes = _project_batch([tasks[i] for i in batch], strength, then)
         results.update(zip(batch, outcomes, strict=True))
@@ -106,16 +105,6 @@ def project_all_(tasks: Sequence[Task], strength: float, then: Then | None = Non
         if i not in results:
             results[i] = _project(task, strength, then)
     return [results[i] for i in range(len(tasks))]
-
-
-def _on_all_cores(tasks: Sequence[Task], strength: float, then: Then | None) -> list[Outcome]:
-    threads = torch.get_num_threads()
-    try:
-        # the number of threads is a property of each thread; new ones inherit the last one set
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(lambda task: _project(task, strength, then), tasks))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _project(task: Task, strength: float, then: Then | None) -> Outcome:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ww_train.editing.trap_removal import without_traps
-from ww_train.steering.projection import NOT_FINITE, Projected
+from ww_train.steering.projection import Projected
 from ww_train.steering.rounding import round_to
-from ww_train.weights.matrices import Skipped, WeightMatrix
+from ww_train.weights.matrices import NOT_FINITE, Skipped, WeightMatrix
 
 
 @dataclass(frozen=True)

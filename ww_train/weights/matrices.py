@@ -29,11 +29,20 @@ from ww_train.weights.stored import (
     from_numpy,
     scaled,
 )
-from ww_train.weights.weight_matrix import Skipped, WeightMatrix, delta, layer_name, reasons, slices
+from ww_train.weights.weight_matrix import (
+    NOT_FINITE,
+    Skipped,
+    WeightMatrix,
+    delta,
+    layer_name,
+    reasons,
+    slices,
+)
 
 __all__ = [
     "CHECKPOINT_KEYS",
     "CONV_SCALE",
+    "NOT_FINITE",
     "CheckpointError",
     "Deferred",
     "Skipped",

@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ww_train.spectrum import Array, Spectrum
 from ww_train.weights.stored import Deferred
+
+NOT_FINITE = "NaN or infinite weights, or squares that overflow"
+"""Why a layer whose Gram matrix is not finite is skipped."""
 
 WRAPPER_SEGMENTS = frozenset(
     {
@@ -111,6 +116,15 @@ class WeightMatrix:
         """Number of eigenvalues that can be positive: fewer for a product of thin factors."""
         rank = self.weights.rank if isinstance(self.weights, Deferred) else None
         return self.rf * (self.M if rank is None else rank)
+
+    def spectrum(self, evals: Array) -> Spectrum:
+        """The pooled spectrum of the layer, or of some of its slices.
+
+        Args:
+            evals: Eigenvalues of `scale * stack`, `M` of each slice, in any order and shape.
+        """
+        eps = torch.finfo(self.dtype).eps
+        return Spectrum(np.sort(evals, axis=None), self.N, self.M, evals.size // self.M, eps)
 
 
 def sharded(matrix: WeightMatrix) -> bool:
