@@ -27,11 +27,6 @@ from peer import peer_analyze
 from torch import Tensor, nn
 
 
-def hardness(epoch: int, *, warmup: int = 0, ramp: int = 5) -> float:
-    """Zero for `warmup` epochs, then linearly to one within `ramp`; the first epoch is 0."""
-    return min(max(epoch - warmup + 1, 0) / max(ramp, 1), 1.0)
-
-
 @torch.no_grad()
 def ww_pgd_(
     model: nn.Module,

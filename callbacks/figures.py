@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ww_train import Report
-
-from .panel import worst_first
+from ww_train.report import worst_first
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ww_train import LayerReport, Report
-from ww_train.power_law import OVER_TRAINED
-from ww_train.verdicts import WORST_FIRST
+from ww_train.report import worst_first
+from ww_train.verdicts import FINE
 
 ROWS = 20
 """Layers that are listed; of more, the worst."""
@@ -17,13 +17,6 @@ ADVICE = 5
 """Layers for which it is said what to do."""
 
 HEADER = ("layer", "alpha", "ERG gap", "traps", "verdict")
-
-FINE = ("well-trained", "critical")
-
-
-def worst_first(report: Report) -> list[LayerReport]:
-    """The layers by verdict; among equal ones the most traps, then alpha farthest from 2."""
-    return sorted(report, key=_badness)
 
 
 def panel(
@@ -66,11 +59,6 @@ def escaped(text: str) -> str:
     """Text on one line in which nothing is Markdown or HTML."""
     line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|>~])", r"\\\1", line)
-
-
-def _badness(layer: LayerReport) -> tuple[int, int, float]:
-    alpha = OVER_TRAINED if layer.alpha is None else layer.alpha
-    return WORST_FIRST.index(layer.verdict), -(layer.num_traps or 0), -abs(alpha - OVER_TRAINED)
 
 
 def _row(layer: LayerReport) -> list[str]:

@@ -11,40 +11,14 @@ the script runs as well.
 # %% A base model, and a fine-tuned copy of it
 import copy
 
-import torch
-from corpus import CHARACTERS, manual, source
-from transformers import LlamaConfig, LlamaForCausalLM
+from corpus import manual, source
+from tiny_llama import tiny_llama, train
 
 import ww_train as ww
 
-STEPS, CONTEXT, BATCH = 60, 48, 16
+STEPS = 60
 
-
-def train(model, text, steps, rate):
-    """Learn to predict the next character."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    for _ in range(steps):
-        starts = torch.randint(len(text) - CONTEXT, (BATCH,))
-        batch = torch.stack([text[start : start + CONTEXT] for start in starts])
-        optimizer.zero_grad()
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-    return loss.item()
-
-
-torch.manual_seed(0)
-base_model = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=CHARACTERS,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-    )
-)
+base_model = tiny_llama()
 print(f"base model: loss {train(base_model, manual()[1], STEPS, 2e-3):.2f}")
 model = copy.deepcopy(base_model)
 print(f"fine-tuned: loss {train(model, source()[1], STEPS, 5e-4):.2f}")

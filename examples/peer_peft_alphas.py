@@ -12,40 +12,15 @@ eigenvalues only of a weight with its update.
 # %% A model with trained adapters
 import tempfile
 
-import torch
-from corpus import CHARACTERS, manual, source
+from corpus import manual, source
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import tiny_llama, train
 
 import ww_train as ww
 
-STEPS, CONTEXT, BATCH, RANK = 60, 48, 16, 24
+STEPS, RANK = 60, 24
 
-
-def train(model, text, steps, rate):
-    """Learn to predict the next character; only what wants gradients is trained."""
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate)
-    for _ in range(steps):
-        starts = torch.randint(len(text) - CONTEXT, (BATCH,))
-        batch = torch.stack([text[start : start + CONTEXT] for start in starts])
-        optimizer.zero_grad()
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-    return loss.item()
-
-
-torch.manual_seed(0)
-base_model = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=CHARACTERS,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-    )
-)
+base_model = tiny_llama()
 print(f"base model: loss {train(base_model, manual()[1], STEPS, 2e-3):.2f}")
 config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj", "up_proj"])
 model = get_peft_model(base_model, config)

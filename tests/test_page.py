@@ -18,8 +18,7 @@ from ww_train.page.esd import BOTTOM, LEFT, RIGHT, TOP, esd_svg
 from ww_train.page.layers import COLUMNS, GROUPS
 from ww_train.page.markup import element
 from ww_train.page.markup import html as serialised
-from ww_train.page.summary import worst_first
-from ww_train.report import Report
+from ww_train.report import Report, worst_first
 from ww_train.spectrum import Spectrum
 from ww_train.tables import printable
 from ww_train.verdicts import WORST_FIRST

@@ -24,8 +24,9 @@ from torch.utils.tensorboard import SummaryWriter
 from ww_train import Report, Skipped, measure
 from ww_train.callbacks.layouts import bands, kinds, layout
 from ww_train.callbacks.monitor import SpectralMonitor
-from ww_train.callbacks.panel import panel, worst_first
+from ww_train.callbacks.panel import panel
 from ww_train.callbacks.tensorboard import Board, power_of_two
+from ww_train.report import worst_first
 
 from .training import collect
 

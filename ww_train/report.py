@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -20,11 +20,11 @@ from ww_train.confidence import Confidence
 from ww_train.erg import ErgTail
 from ww_train.localization import Localization
 from ww_train.marchenko_pastur import MPFit
-from ww_train.power_law import PowerLawFit
+from ww_train.power_law import OVER_TRAINED, PowerLawFit
 from ww_train.spectrum import Spectrum
 from ww_train.trap_causes import TrapCause
 from ww_train.traps import TrapAverage, Traps
-from ww_train.verdicts import Verdict, layer_advice, layer_verdict, model_verdict
+from ww_train.verdicts import WORST_FIRST, Verdict, layer_advice, layer_verdict, model_verdict
 from ww_train.weights.matrices import Skipped
 
 if TYPE_CHECKING:
@@ -264,6 +264,16 @@ class Report:
                 frame[column] = frame[column].astype(float)  # None becomes NaN
         frame.attrs["skipped"] = {layer.name: layer.reason for layer in self.skipped}
         return frame
+
+
+def worst_first(layers: Iterable[LayerReport]) -> list[LayerReport]:
+    """The layers by verdict; among equal ones the most traps, then alpha farthest from 2."""
+
+    def badness(layer: LayerReport) -> tuple[int, int, float]:
+        alpha = OVER_TRAINED if layer.alpha is None else layer.alpha
+        return WORST_FIRST.index(layer.verdict), -(layer.num_traps or 0), -abs(alpha - OVER_TRAINED)
+
+    return sorted(layers, key=badness)
 
 
 def _number(value: float | None) -> str:

@@ -28,6 +28,9 @@ WORST_FIRST: tuple[Verdict, ...] = (
 )
 """The order in which a person wants to hear of layers."""
 
+FINE: tuple[Verdict, ...] = ("well-trained", "critical")
+"""Verdicts that ask for nothing."""
+
 CRITICAL_WIDTH = 0.1
 """Half-width of "critical" around alpha = 2: the standard error of alpha with 100 eigenvalues."""
 

@@ -8,8 +8,8 @@ from xml.etree.ElementTree import Element
 from ww_train.columns import Row
 from ww_train.page.esd import esd_svg
 from ww_train.page.markup import element
-from ww_train.page.summary import advice, anchor, worst_first
-from ww_train.report import LayerReport, Report
+from ww_train.page.summary import advice, anchor
+from ww_train.report import LayerReport, Report, worst_first
 from ww_train.tables import printable, shortened, text
 from ww_train.verdicts import WORST_FIRST
 

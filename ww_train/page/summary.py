@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from xml.etree.ElementTree import Element
 
 from ww_train.page.markup import element
-from ww_train.report import LayerReport, Report
+from ww_train.report import LayerReport, Report, worst_first
 from ww_train.tables import printable, text
-from ww_train.verdicts import WORST_FIRST
-
-FINE = ("well-trained", "critical")
-"""Verdicts that ask for nothing."""
+from ww_train.verdicts import FINE, WORST_FIRST
 
 LOOKED_AT_FIRST = 5
 """Layers that the head of the page names with what to do."""
-
-
-def worst_first(report: Report) -> list[LayerReport]:
-    """All layers, by verdict, and those of one verdict by how far alpha is from 2 to 6."""
-
-    def badness(layer: LayerReport) -> tuple[int, float, float]:
-        alpha = layer.alpha
-        away = math.inf if alpha is None else max(2.0 - alpha, alpha - 6.0)
-        return (WORST_FIRST.index(layer.verdict), -float(layer.num_traps or 0), -away)
-
-    return sorted(report, key=badness)
 
 
 def anchor(layer: LayerReport) -> str:
