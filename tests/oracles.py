@@ -74,6 +74,11 @@ def gaussian(rows, cols, seed=0, dtype=torch.float32):
     return torch.randn(rows, cols, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def stack_of(*shape, seed=0):
+    """Stack of any shape of independent standard normal entries, without the global generator."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def heavy(rows, cols, seed=0):
     """Matrix of Student-t entries: a spectrum with a tail, as trained layers have."""
     return np.random.default_rng(seed).standard_t(2.5, size=(rows, cols))

@@ -25,6 +25,7 @@ ORDER = [
     "weights.checkpoints",
     "weights.matrices",
     "linalg",
+    "decomposition",
     "localization",
     "power_law",
     "truncated",

@@ -1,13 +1,9 @@
-import threading
-
 import numpy as np
 import pytest
 import torch
 
 from ww_train import linalg, measure
 from ww_train.linalg import (
-    Job,
-    decompose,
     float32_eigenvalues,
     gram,
     gram_eigenvalues,
@@ -16,9 +12,8 @@ from ww_train.linalg import (
 )
 from ww_train.weights.matrices import weight_matrices
 
-from .oracles import evals_by_svd, gaussian, orthogonal
+from .oracles import evals_by_svd, gaussian, orthogonal, stack_of
 
-CPU = torch.device("cpu")
 SHAPES = [(40, 30), (30, 40), (32, 32), (1, 20), (20, 1), (1, 1)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -26,14 +21,6 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def evals_of(weight):
     (matrix,) = weight_matrices(weight)
     return gram_eigenvalues(matrix.stack).flatten().numpy()
-
-
-def job(*stacks):
-    return Job(lambda: stacks, min(stacks[0].shape[1:]), stacks[0].device)
-
-
-def stack_of(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -90,112 +77,6 @@ def test_slices_are_pooled_and_scaled():
     layer = measure({"conv.weight": weight})["conv"]
     expected = evals_by_svd(*slices, scale=0.5**0.5)
     np.testing.assert_allclose(layer.spectrum.evals, expected, rtol=1e-11, atol=1e-12)
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("large", [1, 1024])
-def test_many_layers_give_what_each_gives_alone(monkeypatch, threads, large):
-    monkeypatch.setattr(linalg, "LARGE", large)
-    stacks = [stack_of(rf, 30, 12, seed=rf) for rf in (1, 4, 2)]
-    together = dict(decompose([job(stacks[0]), job(*stacks[1:2] * 2), job(stacks[2])]))
-    assert torch.get_num_threads() == threads
-    shapes = [[tuple(e.shape) for e in together[i]] for i in range(3)]
-    assert shapes == [[(1, 12)], [(4, 12), (4, 12)], [(2, 12)]]
-    for i, stack in enumerate(stacks):
-        alone = gram_eigenvalues(stack)
-        np.testing.assert_allclose(together[i][0].numpy(), alone.numpy(), rtol=1e-12, atol=1e-13)
-
-
-class Shelf:
-    """Jobs whose weights are brought and taken away, and the most that were there at a time."""
-
-    def __init__(self, sizes, **options):
-        self.here, self.order, self.most = {}, [], 0
-        self.jobs = [self.job(i, size, **options) for i, size in enumerate(sizes)]
-
-    def job(self, i, size, **options):
-        def load():
-            self.here[i] = stack_of(1, 30, size, seed=i)
-            self.order.append((i, threading.get_ident()))
-            self.most = max(self.most, len(self.here))
-
-        stacks = lambda: [self.here[i]]  # noqa: E731
-        release = lambda: self.here.pop(i)  # noqa: E731
-        return Job(stacks, size, torch.device("cpu"), load, release, nbytes=100, **options)
-
-
-@pytest.mark.parametrize(
-    ("large", "limit", "most"),
-    [(1, 1 << 28, 2), (1024, 1, 1), (1024, 300, 3), (1024, 1 << 28, 10)],
-    ids=["large: this and the next", "no room", "room for three", "room for all"],
-)
-def test_few_layers_are_in_memory_at_a_time(monkeypatch, threads, large, limit, most):
-    monkeypatch.setattr(linalg, "LARGE", large)
-    monkeypatch.setattr(linalg, "LOAD_BYTES", limit)
-    shelf = Shelf([12, 9] * 5)
-    for i, (evals,) in decompose(shelf.jobs):
-        assert i in shelf.here  # for what is measured besides
-        assert torch.equal(evals, gram_eigenvalues(shelf.here[i]))
-    assert shelf.here == {}
-    assert [i for i, _ in shelf.order] == list(range(10))  # each once
-    assert shelf.most <= (most if threads == 2 else 2)
-
-
-def test_what_all_processes_must_load_is_loaded_in_the_callers_thread(threads):
-    for collective in (False, True):
-        shelf = Shelf([12, 9, 12], collective=collective)
-        list(decompose(shelf.jobs))
-        here = {thread == threading.get_ident() for _, thread in shelf.order}
-        assert here == {collective}
-
-
-def test_stopping_early_takes_everything_down(threads):
-    shelf = Shelf([12] * 6)
-    running = threading.active_count()
-    solved = decompose(shelf.jobs)
-    next(solved)
-    solved.close()
-    assert threading.active_count() == running
-    assert torch.get_num_threads() == threads
-
-
-def test_an_accelerator_gets_batches_of_one_size(monkeypatch):
-    # the bookkeeping of batches, on the only device here: three sizes, a budget of two matrices
-    monkeypatch.setattr(linalg, "BATCH_BYTES", 2 * 8 * 12 * 12)
-    stacks = [stack_of(1, 30, M, seed=i) for i, M in enumerate((12, 9, 12, 12, 9, 5))]
-    results = dict(linalg._batched([job(s) for s in stacks], list(range(6))))
-    for i, stack in enumerate(stacks):
-        alone = gram_eigenvalues(stack)
-        np.testing.assert_allclose(results[i][0].numpy(), alone.numpy(), rtol=1e-12, atol=1e-13)
-
-
-def test_a_job_without_stacks_has_no_eigenvalues():
-    empty = Job(list, 12, torch.device("cpu"))
-    assert list(decompose([empty])) == [(0, [])]
-    assert next(linalg._batched([empty, job(stack_of(1, 30, 12))], [0, 1])) == (0, [])
-    assert list(linalg._batched([empty], [0])) == [(0, [])]
-
-
-def test_an_error_in_one_layer_reaches_the_caller_and_restores_the_threads(threads):
-    def fails():
-        raise KeyError("weights")
-
-    good = job(stack_of(1, 30, 12))
-    for bad in (
-        Job(fails, 12, CPU),
-        Job(list, 12, CPU, load=fails),
-        Job(list, 12, CPU, fails, nbytes=1),
-    ):
-        with pytest.raises(KeyError, match="weights"):
-            list(decompose([good, bad, good]))
-        assert torch.get_num_threads() == threads
 
 
 def test_the_exact_solver_resolves_what_a_gram_matrix_cannot():

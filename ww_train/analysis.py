@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ww_train.confidence import confidence
+from ww_train.decomposition import decompose
 from ww_train.divergence import jensen_shannon_distance
 from ww_train.erg import erg_tail
-from ww_train.linalg import Eigensolver, decompose, gram_eigenvalues, svd_eigenvalues
+from ww_train.linalg import Eigensolver, gram_eigenvalues, svd_eigenvalues
 from ww_train.localization import vector_metrics
 from ww_train.marchenko_pastur import BulkFit, fit_mp
 from ww_train.planning import Plan, by_name, plan_layer, selected
@@ -98,7 +99,7 @@ def measure(
         ValueError: If a layer or type that was asked for does not exist, or options contradict.
 
     Cost: for an N x M layer `N M² + (4/3) M³` float64 operations on the layer's device, twice that
-    with `randomize`; see `ww_train.linalg.decompose` for how they are scheduled. Of a file every
+    with `randomize`; see `ww_train.decomposition.decompose` for how they are scheduled. Of a file every
     weight is read once, and the weights of one large layer and of the next are in memory. Sharded
     weights are gathered one by one; every process of their mesh must call this.
     """

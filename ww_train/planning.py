@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ww_train.linalg import Job
+from ww_train.decomposition import Job
 from ww_train.selection import Layers, select
 from ww_train.spectrum import Array, Spectrum
 from ww_train.traps import shuffle

@@ -11,7 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ww_train.linalg import BATCH_BYTES, LARGE, gram, one_core_each
+from ww_train.decomposition import BATCH_BYTES, LARGE, one_core_each
+from ww_train.linalg import gram
 from ww_train.selection import Pattern, select
 from ww_train.steering.manifold_projection import ManifoldProjection
 from ww_train.steering.projection import (

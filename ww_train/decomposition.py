@@ -1,0 +1,184 @@
+"""Eigenvalues of many layers: in which order, on which cores, how many at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ww_train.linalg import Eigensolver, gram, gram_eigenvalues, symmetric_eigenvalues
+
+BATCH_BYTES = 1 << 28
+"""Gram matrices on an accelerator that may wait for others of their size."""
+
+LOAD_BYTES = 1 << 28
+"""Weights of small layers that may be in memory at a time, where they are loaded as they are needed."""
+
+LARGE = 1024
+"""On the CPU, smaller Gram matrices get one core each; larger ones all cores, one after another."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Stacks that are made when their turn comes, so that only a few are in memory.
+
+    Attributes:
+        stacks: Makes the stacks to decompose, all with the same smaller dimension.
+        M: Smaller dimension of a slice.
+        device: Where the stacks are.
+        load: Brings what `stacks` needs into memory; called before it, perhaps in another thread.
+        release: Lets go of what `load` brought.
+        nbytes: Memory that `load` takes, in bytes; 0 if everything is in memory already.
+        collective: Whether `load` talks to other processes: it is then called in the caller's thread
+            and in the order of the jobs.
+    """
+
+    stacks: Callable[[], Iterable[Tensor]]
+    M: int
+    device: torch.device
+    load: Callable[[], object] = bool
+    release: Callable[[], object] = bool
+    nbytes: int = 0
+    collective: bool = False
+
+
+Solved: TypeAlias = "tuple[int, list[Tensor]]"
+"""Position of a job, and the eigenvalues `(rf, M)` of each of its stacks, in host memory."""
+
+
+def decompose(
+    jobs: Sequence[Job], solver: Eigensolver = gram_eigenvalues
+) -> Generator[Solved, None, None]:
+    """Eigenvalues of many layers, ascending, float64, one layer after another.
+
+    On an accelerator the Gram matrices of one size are decomposed as a batch. On the CPU small layers
+    are spread over the cores, because LAPACK gains nothing from a second core there; large layers use
+    all cores in turn. Meanwhile one thread loads what comes next: for a large layer the one after
+    it, for small ones up to `LOAD_BYTES` in all.
+
+    Args:
+        jobs: What to decompose.
+        solver: Arithmetic to use; batching applies to `gram_eigenvalues` only.
+
+    Yields:
+        Each job's position and its eigenvalues: small layers of the CPU first, then large ones, then
+        batches of accelerators. On the CPU the job's weights are released when the next is asked for.
+
+    Cost: see `gram` and `symmetric_eigenvalues`; one copy to the host a job on the CPU path, one for
+    each batch of an accelerator.
+    """
+
+    def solve(i: int) -> list[Tensor]:
+        with torch.no_grad():
+            return [solver(stack) for stack in jobs[i].stacks()]
+
+    cpu = [i for i, job in enumerate(jobs) if job.device.type == "cpu"]
+    small = [i for i in cpu if jobs[i].M < LARGE]
+    large = [i for i in cpu if jobs[i].M >= LARGE]
+    if torch.get_num_threads() == 1 or len(small) < 2:
+        small, large = [], small + large
+    yield from _on_all_cores(jobs, small, solve)
+    yield from _one_after_another(jobs, large, solve)
+    for device in dict.fromkeys(job.device for job in jobs if job.device.type != "cpu"):
+        chosen = [i for i, job in enumerate(jobs) if job.device == device]
+        if solver is gram_eigenvalues:
+            yield from _batched(jobs, chosen)
+        else:
+            for i in chosen:
+                jobs[i].load()
+                evals = [part.cpu() for part in solve(i)]
+                yield i, evals
+                jobs[i].release()
+
+
+@contextmanager
+def one_core_each() -> Iterator[ThreadPoolExecutor]:
+    """A worker for each core, whose computations use that core alone."""
+    threads = torch.get_num_threads()
+    # the number of threads is a property of each thread; new ones inherit the last one set
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _begin(job: Job, reader: Executor) -> Callable[[], object]:
+    """Start to load a job; the result waits until it is loaded."""
+    if job.nbytes and not job.collective:
+        return reader.submit(job.load).result
+    job.load()
+    return bool
+
+
+def _one_after_another(
+    jobs: Sequence[Job], indices: list[int], solve: Callable[[int], list[Tensor]]
+) -> Iterator[Solved]:
+    """Solve each on all cores while the next is loaded."""
+    with ThreadPoolExecutor(1) as reader:
+        loaded = _begin(jobs[indices[0]], reader) if indices else bool
+        for i, following in zip_longest(indices, indices[1:]):
+            loaded()
+            loaded = bool if following is None else _begin(jobs[following], reader)
+            yield i, solve(i)
+            jobs[i].release()
+
+
+def _on_all_cores(
+    jobs: Sequence[Job], indices: list[int], solve: Callable[[int], list[Tensor]]
+) -> Iterator[Solved]:
+    """Solve each on one core, in order; as many are loaded as fit into `LOAD_BYTES`."""
+    if not indices:
+        return
+    waiting: deque[tuple[int, Future[list[Tensor]]]] = deque()
+
+    def solve_loaded(i: int, loaded: Callable[[], object]) -> list[Tensor]:
+        loaded()
+        return solve(i)
+
+    def first() -> Iterator[Solved]:
+        i, solving = waiting.popleft()
+        yield i, solving.result()
+        jobs[i].release()
+
+    reader = ThreadPoolExecutor(1)
+    try:
+        with one_core_each() as pool:
+            held = 0
+            for i in indices:
+                while waiting and held + jobs[i].nbytes > LOAD_BYTES:
+                    held -= jobs[waiting[0][0]].nbytes
+                    yield from first()
+                held += jobs[i].nbytes
+                waiting.append((i, pool.submit(solve_loaded, i, _begin(jobs[i], reader))))
+            while waiting:
+                yield from first()
+    finally:
+        reader.shutdown(cancel_futures=True)
+
+
+def _batched(jobs: Sequence[Job], chosen: list[int]) -> Iterator[Solved]:
+    """Decompose the Gram matrices of equal size together, at most `BATCH_BYTES` at a time."""
+    by_size: dict[int, list[int]] = {}
+    for i in chosen:
+        by_size.setdefault(jobs[i].M, []).append(i)
+    for indices in by_size.values():
+        waiting: list[tuple[int, list[Tensor]]] = []
+        for i in indices:
+            jobs[i].load()
+            waiting.append((i, [gram(stack) for stack in jobs[i].stacks()]))
+            jobs[i].release()
+            grams = [g for _, own in waiting for g in own]
+            if i == indices[-1] or sum(g.nbytes for g in grams) >= BATCH_BYTES:
+                evals = symmetric_eigenvalues(torch.cat(grams)).cpu() if grams else torch.empty(0)
+                parts = iter(torch.split(evals, [len(g) for g in grams]))
+                yield from ((owner, [next(parts) for _ in own]) for owner, own in waiting)
+                waiting = []
