@@ -11,9 +11,6 @@ from typing import Any
 GRANT = 1.0
 """Seconds that may be spent before they are earned, so that short runs are measured in full."""
 
-FIT = 2e7
-"""Cost of the fits of one layer, in operations of a decomposition; about a millisecond."""
-
 
 class Budget:
     """Keeps the cost of watching within a fraction of the training time.
@@ -142,11 +139,6 @@ class Plan:
     whole: tuple[int, ...] = ()
     spectra: tuple[int, ...] = ()
     work: float = 0.0
-
-
-def decomposition_work(N: int, M: int, rf: int = 1) -> float:
-    """Operations of the float64 Gram matrices and their eigenvalues, `rf (N M² + 4/3 M³)`."""
-    return float(rf) * M * M * (N + 4.0 * M / 3.0)
 
 
 def plan(candidates: Sequence[Candidate], affordable: float) -> Plan:

@@ -1,17 +1,13 @@
-"""The processes that train one model: who writes, who decides, and who measures what."""
+"""The processes that train one model: who writes and who decides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
-from ww_train import LayerReport, Report, Skipped
-from ww_train.ranks import deal, gather
 
 T = TypeVar("T")
 
@@ -22,8 +18,7 @@ class Ranks:
 
     Attributes:
         group: Their process group; None for a single process.
-        replicated: Whether each of them holds the whole model, so that layers can be dealt to them.
-            Otherwise the weights are sharded and all must read them together.
+        replicated: Whether each of them holds the whole model; otherwise the weights are sharded.
         main: Without a group, whether this process writes.
     """
 
@@ -44,29 +39,6 @@ class Ranks:
         source = dist.get_global_rank(self.group, 0)
         dist.broadcast_object_list(box, source, group=self.group)
         return box[0]
-
-    def share(
-        self,
-        measure: Callable[[list[int]], Report],
-        layer_ids: Sequence[int],
-        costs: Sequence[float],
-    ) -> Report:
-        """Measure layers, dealt to the processes if each holds the model; the same report on all.
-
-        Raises:
-            RuntimeError: On every process, if one of them failed; none waits for ever.
-        """
-        if self.group is None or not self.replicated:
-            return measure(list(layer_ids))
-        rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        owners = deal(costs, size)
-        mine = [i for i, owner in zip(layer_ids, owners, strict=True) if owner == rank]
-        parts = gather(_attempt(measure, mine), self.group)
-        failed = [part for part in parts if isinstance(part, str)]
-        if failed:
-            raise RuntimeError("; ".join(failed))
-        reports = [part for part in parts if isinstance(part, Report)]
-        return _joined(reports)
 
 
 def ranks_of(model: nn.Module) -> Ranks:
@@ -93,17 +65,3 @@ def unwrapped(model: Any) -> Any:
             model = model._orig_mod
         else:
             return model
-
-
-def _attempt(measure: Callable[[list[int]], Report], layer_ids: list[int]) -> Report | str:
-    """The report or, as text because it is sent to other processes, what went wrong."""
-    try:
-        return measure(layer_ids) if layer_ids else Report((), ())
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def _joined(reports: Sequence[Report]) -> Report:
-    layers: list[LayerReport] = [layer for report in reports for layer in report]
-    skipped: list[Skipped] = [layer for report in reports for layer in report.skipped]
-    return Report(tuple(sorted(layers, key=lambda layer: layer.layer_id)), tuple(skipped))

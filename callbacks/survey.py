@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 
 from ww_train import Report, measure
+from ww_train.decomposition import work
+from ww_train.measurement import FIT
 from ww_train.selection import Layers, select
 from ww_train.spectrum import Spectrum
 from ww_train.weights.matrices import WeightMatrix, weight_matrices
 
-from .budget import FIT, Budget, Candidate, Plan, decomposition_work, plan, with_spectra
+from .budget import Budget, Candidate, Plan, plan, with_spectra
 from .sharing import Ranks
 from .timeline import Timeline
 
@@ -87,30 +88,25 @@ class Survey:
         if chosen is None:
             return None
         started = budget.clock()
-        costs = {entry.layer_id: entry.work for entry in self._entries}
-        parts = []
-        for layer_ids, shuffles in ((chosen.whole, int(self.randomize)), (chosen.spectra, 0)):
-            if layer_ids:
-                take = partial(self._measure, model, known, shuffles)
-                parts.append(ranks.share(take, layer_ids, [costs.get(i, 0.0) for i in layer_ids]))
+        parts = [
+            measure(
+                model,
+                layers=list(layer_ids),
+                randomize=shuffles,
+                vectors=self.vectors,
+                replicates=self.replicates,
+                seed=self.seed,
+                spectra=known,
+                group=ranks.group,
+            )
+            for layer_ids, shuffles in ((chosen.whole, self.randomize), (chosen.spectra, 0))
+            if layer_ids
+        ]
         if chosen.work:
             budget.learn(chosen.work, budget.clock() - started)
         return Report(
             tuple(layer for part in parts for layer in part),
             tuple(layer for part in parts for layer in part.skipped),
-        )
-
-    def _measure(
-        self, model: nn.Module, known: Mapping[str, Spectrum], shuffles: int, layer_ids: list[int]
-    ) -> Report:
-        return measure(
-            model,
-            layers=layer_ids,
-            randomize=shuffles,
-            vectors=self.vectors,
-            replicates=self.replicates,
-            seed=self.seed,
-            spectra=known,
         )
 
     def _plan(
@@ -179,7 +175,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def _work(matrix: WeightMatrix) -> float:
     if not MIN_EVALS <= matrix.num_evals <= MAX_EVALS:
         return 0.0
-    return decomposition_work(matrix.N, matrix.M, matrix.rf)
+    return work(matrix.N, matrix.M, matrix.rf)
 
 
 def _attempt(make: Callable[[], Plan | None]) -> Plan | str | None:

@@ -40,6 +40,8 @@ ORDER = [
     "verdicts",
     "report",
     "planning",
+    "dealing",
+    "measurement",
     "analysis",
     "editing.rules",
     "editing.edits",

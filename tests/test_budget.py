@@ -7,7 +7,7 @@ from torch import nn
 
 from ww_train import measure
 from ww_train.callbacks import survey
-from ww_train.callbacks.budget import GRANT, Budget, Candidate, decomposition_work, plan
+from ww_train.callbacks.budget import GRANT, Budget, Candidate, plan
 from ww_train.callbacks.monitor import SpectralMonitor
 
 from .oracles import gaussian
@@ -107,11 +107,6 @@ def test_the_state_is_plain_json_and_goes_on():
     other.load_state_dict(json.loads(json.dumps(budget.state_dict())))
     assert other.state_dict() == budget.state_dict()
     assert (other.credit, other.affordable) == (budget.credit, budget.affordable)
-
-
-def test_work_is_that_of_the_decomposition():
-    assert decomposition_work(300, 30) == 300 * 30**2 + 4 / 3 * 30**3
-    assert decomposition_work(300, 30, rf=9) == 9 * decomposition_work(300, 30)
 
 
 # What to measure

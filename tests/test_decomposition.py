@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ww_train import decomposition
-from ww_train.decomposition import Job, decompose
+from ww_train.decomposition import Job, decompose, work
 from ww_train.linalg import gram_eigenvalues
 
 from .oracles import stack_of
@@ -15,6 +15,11 @@ CPU = torch.device("cpu")
 
 def job(*stacks):
     return Job(lambda: stacks, min(stacks[0].shape[1:]), stacks[0].device)
+
+
+def test_work_is_that_of_the_decomposition():
+    assert work(300, 30) == 300 * 30**2 + 4 / 3 * 30**3
+    assert work(300, 30, rf=9) == 9 * work(300, 30)
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])

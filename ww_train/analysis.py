@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
-from contextlib import closing, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
+import torch.distributed as dist
 
-from ww_train.confidence import confidence
-from ww_train.decomposition import decompose
-from ww_train.divergence import jensen_shannon_distance
-from ww_train.erg import erg_tail
+from ww_train.dealing import read_dealt
 from ww_train.linalg import Eigensolver, gram_eigenvalues, svd_eigenvalues
-from ww_train.localization import vector_metrics
 from ww_train.marchenko_pastur import BulkFit, fit_mp
+from ww_train.measurement import Measurement
 from ww_train.planning import Plan, by_name, plan_layer, selected
 from ww_train.power_law import TailFit, fit_power_law
+from ww_train.ranks import together
 from ww_train.report import LayerReport, Report
 from ww_train.selection import Layers
 from ww_train.spectrum import Array, Spectrum
-from ww_train.trap_causes import TrapCause, trap_causes
-from ww_train.traps import average_traps, count_traps
-from ww_train.weights.matrices import (
-    NOT_FINITE,
-    Skipped,
-    Source,
-    WeightMatrix,
-    reasons,
-    slices,
-)
+from ww_train.weights.matrices import Skipped, Source, WeightMatrix, reasons, slices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,6 +44,7 @@ def measure(
     eigensolver: Eigensolver | None = None,
     spectra: Mapping[str, Spectrum] | None = None,
     progress: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Report:
     """Measure the spectrum of every layer of a model. Changes nothing, uses no global generator.
 
@@ -89,6 +74,8 @@ def measure(
         spectra: Spectra that are known already, by layer name, such as those of a projection
             (`Projected.after`): these layers are not decomposed again.
         progress: Show a progress bar with the layer's name on standard error if it is a terminal.
+        group: Processes that share the work, dealt by cost: each calls this with the same model and
+            arguments, and all get the same report.
 
     Returns:
         The report; layers that cannot be analysed are in `skipped` with the reason.
@@ -97,6 +84,7 @@ def measure(
         TypeError: If `model` is none of the accepted kinds.
         CheckpointError: If a file or folder cannot be read; a ValueError.
         ValueError: If a layer or type that was asked for does not exist, or options contradict.
+        RuntimeError: On every process of the group, if one of them failed.
 
     Cost: for an N x M layer `N M² + (4/3) M³` float64 operations on the layer's device, twice that
     with `randomize`; see `ww_train.decomposition.decompose` for how they are scheduled. Of a file every
@@ -107,54 +95,52 @@ def measure(
         raise ValueError(
             "inverse=True has no random bulk, traps or vectors; measure them without it"
         )
-    skipped: list[tuple[int, Skipped]] = []
+    bounds = (min_evals, max_evals, max_N)
+    plans, skipped = together(
+        lambda: _planned(model, layers, types, base_model, pool, bounds), group
+    )
+    measurement = Measurement(
+        fit=fit,
+        mp_fit=fit_mp if mp_fit is True else (mp_fit or None),
+        randomize=int(randomize),
+        vectors=vectors,
+        replicates=replicates,
+        seed=seed,
+        inverse=inverse,
+        eigensolver=eigensolver or (svd_eigenvalues if inverse else gram_eigenvalues),
+        known=spectra or {},
+        progress=progress,
+    )
+    outcomes = read_dealt(plans, measurement.costs(plans), measurement.take, group)
+    for plan, outcome in zip(plans, outcomes, strict=True):
+        if isinstance(outcome, Skipped):
+            skipped.append((plan.layer_id, outcome))
+    return Report(
+        tuple(outcome for outcome in outcomes if isinstance(outcome, LayerReport)),
+        tuple(layer for _, layer in sorted(skipped, key=lambda pair: pair[0])),
+    )
+
+
+def _planned(
+    model: Source,
+    layers: Layers,
+    types: str | tuple[str, ...],
+    base_model: Source | None,
+    pool: bool,
+    bounds: tuple[int, int | None, int | None],
+) -> tuple[list[Plan], list[tuple[int, Skipped]]]:
+    """What is to be measured, and what is not and why, with its position."""
     plans: list[Plan] = []
+    skipped: list[tuple[int, Skipped]] = []
     base = None if base_model is None else by_name(base_model, pool)
     for layer_id, matrix in selected(model, layers, types):
         for part in [matrix] if pool or isinstance(matrix, Skipped) else slices(matrix):
-            plan = plan_layer(layer_id, part, base, min_evals, max_evals, max_N)
+            plan = plan_layer(layer_id, part, base, *bounds)
             if isinstance(plan, Skipped):
                 skipped.append((layer_id, plan))
             else:
                 plans.append(plan)
-    known = spectra or {}
-    shuffles = range(seed, seed + int(randomize))
-    jobs = [plan.job(shuffles, own=plan.matrix.name not in known) for plan in plans]
-    solver = eigensolver or (svd_eigenvalues if inverse else gram_eigenvalues)
-    measured: dict[int, LayerReport] = {}
-    bar = tqdm(total=len(jobs), unit="layer", delay=1, disable=not progress or None)
-    with bar, torch.no_grad(), closing(decompose(jobs, solver)) as solved:
-        for position, evals in solved:
-            plan = plans[position]
-            bar.set_postfix_str(plan.matrix.name, refresh=False)
-            bar.update()
-            reason = plan.failure
-            if reason is None and plan.matrix.name not in known:
-                reason = _malformed(evals[0], plan.base)
-            if reason is not None:
-                skipped.append((plan.layer_id, Skipped(plan.matrix.name, reason)))
-                continue
-            own = known.get(plan.matrix.name)
-            if own is None:
-                own, evals = plan.spectrum(evals[0]), evals[1:]
-            own = own.inverse() if inverse else own
-            report = _fitted(plan, own, fit)
-            if mp_fit:
-                with suppress(ValueError):  # no bulk to be found: no columns, as for any failed fit
-                    report = replace(report, mp=(fit_mp if mp_fit is True else mp_fit)(own))
-            if evals:
-                report = _randomized(plan, report, evals, seed)
-            if vectors:
-                xmin = report.fit.xmin if report.fit else math.inf
-                report = replace(report, localization=vector_metrics(plan.weights(), xmin))
-            if replicates and report.fit:
-                sure = confidence(own.positive, fit, replicates=replicates, seed=seed)
-                report = replace(report, confidence=sure)
-            measured[position] = report
-    return Report(
-        tuple(measured[position] for position in sorted(measured)),
-        tuple(layer for _, layer in sorted(skipped, key=lambda pair: pair[0])),
-    )
+    return plans, skipped
 
 
 def analyze(model: Source, *, progress: bool = True, **options: Any) -> pd.DataFrame:
@@ -219,54 +205,3 @@ def esd(model: Source, layer: str | int) -> Array:
     if not report.layers:
         raise ValueError(f"layer {layer!r}: {report.skipped[0].reason}")
     return report.layers[0].spectrum.evals
-
-
-def _fitted(plan: Plan, own: Spectrum, fit: TailFit) -> LayerReport:
-    """The layer's report with what every layer has: the tails of the power law and of the ERG."""
-    tail = fit(own.positive)
-    if tail and (tail.alpha - 1.0) * own.resolution > 1.0:
-        tail = None  # all of the tail is one eigenvalue, spread by rounding
-    m = plan.matrix
-    erg = erg_tail(own, tail)
-    return LayerReport(plan.layer_id, m.name, m.layer_type, own, tail, erg, slice_id=m.slice_id)
-
-
-def _randomized(plan: Plan, report: LayerReport, shuffles: list[Tensor], seed: int) -> LayerReport:
-    """The report with what the layer's shuffles tell."""
-    first = plan.spectrum(shuffles[0])
-    return replace(
-        report,
-        **_traps(plan, shuffles, seed),
-        shuffled=first,
-        rand_distance=jensen_shannon_distance(report.spectrum.evals, first.evals),
-    )
-
-
-def _traps(plan: Plan, shuffles: list[Tensor], seed: int) -> dict[str, Any]:
-    """Traps of each shuffle, and for the first one their causes, slice by slice."""
-    traps = [
-        count_traps(plan.spectrum(evals), seed + i, [plan.spectrum(part[None]) for part in evals])
-        for i, evals in enumerate(shuffles)
-    ]
-    causes: list[TrapCause] = []
-    if traps[0].num_traps:
-        for i, part in enumerate(slices(plan.weights())):
-            causes += [replace(cause, slice_id=i) for cause in trap_causes(part)]
-    return {
-        "traps": traps[0],
-        "trap_average": average_traps(traps) if len(traps) > 1 else None,
-        "trap_causes": tuple(sorted(causes, key=lambda cause: -cause.theta)),
-    }
-
-
-def _malformed(evals: Tensor, base: WeightMatrix | None) -> str | None:
-    top = float(evals.max())  # NaN if there is one
-    if math.isnan(top) or (math.isfinite(top) and math.isinf(float(evals.sum()))):
-        return NOT_FINITE
-    if math.isinf(top):
-        return "the eigenvalue solver failed"
-    if top > 0.0:
-        return None
-    if base is not None:
-        return "identical to the base model"
-    return "all weights are zero, or so small that their squares are"

@@ -25,6 +25,11 @@ LARGE = 1024
 """On the CPU, smaller Gram matrices get one core each; larger ones all cores, one after another."""
 
 
+def work(N: int, M: int, rf: int = 1) -> float:
+    """Operations of the float64 Gram matrices and their eigenvalues, `rf (N M² + 4/3 M³)`."""
+    return float(rf) * M * M * (N + 4.0 * M / 3.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """Stacks that are made when their turn comes, so that only a few are in memory.

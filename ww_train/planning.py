@@ -24,6 +24,14 @@ class Plan:
 
     Weights that are in a file, sharded or the difference to a base model are loaded once, when the
     layer's turn comes, and kept until its report is finished.
+
+    Attributes:
+        layer_id: Position of the layer in the model.
+        matrix: The layer.
+        base: What it is compared with, if anything.
+        failure: Why its weights could not be read.
+        eps: Relative rounding of the weights.
+        turn: The layers that are gathered together with this one, each for another process.
     """
 
     def __init__(self, layer_id: int, matrix: WeightMatrix, base: WeightMatrix | None) -> None:
@@ -32,7 +40,14 @@ class Plan:
         self.base = base
         self.failure: str | None = None
         self.eps = torch.finfo(matrix.dtype).eps
+        self.turn: tuple[Plan, ...] = (self,)
+        self._attended = False
         self._loaded: WeightMatrix | None = None
+
+    @property
+    def collective(self) -> bool:
+        """Whether all processes must load the weights together."""
+        return self.matrix.collective or (self.base is not None and self.base.collective)
 
     def weights(self) -> WeightMatrix:
         """The layer or its difference to the base, in memory."""
@@ -42,10 +57,23 @@ class Plan:
 
     def load(self) -> None:
         """Read, gather or subtract; what cannot be read becomes a failure with its reason."""
-        try:
+        self._attended = True
+        for plan in self.turn:
             with torch.no_grad():
-                matrix = self.matrix.loaded()
-                self._loaded = matrix if self.base is None else self._difference(matrix)
+                plan._bring()
+            if plan is not self:
+                plan.release()
+
+    def attend(self) -> None:
+        """Take part in gathering what the other processes wait for, unless that was done."""
+        if self.collective and not self._attended:
+            self.load()
+            self.release()
+
+    def _bring(self) -> None:
+        try:
+            matrix = self.matrix.loaded()
+            self._loaded = matrix if self.base is None else self._difference(matrix)
         except CheckpointError as error:
             self.failure = str(error)
 
@@ -78,8 +106,7 @@ class Plan:
         if base is None and (not m.deferred or (core is not None and not seeds)):
             return Job(stacks, m.M, m.device)
         size = math.prod(m.shape) * (m.dtype.itemsize if base is None else 8)
-        collective = m.collective or (base is not None and base.collective)
-        return Job(stacks, m.M, m.device, self.load, self.release, size, collective)
+        return Job(stacks, m.M, m.device, self.load, self.release, size, self.collective)
 
     def _core(self) -> Callable[[], Tensor] | None:
         """Makes a small matrix of the same positive eigenvalues, where the layer has one."""
