@@ -595,6 +595,25 @@ def test_only_the_first_process_prints_and_writes(model, tmp_path, capsys, monke
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def torchrun(*argv):
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *argv)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_processes_of_torchrun_share_the_layers(model, tmp_path, capsys):
+    shared, alone = tmp_path / "shared.json", tmp_path / "alone.json"
+    command = ("analyze", model, "--randomize", "--json")
+    assert torchrun("-m", "ww_train", *command, str(shared))[0] == 0
+    assert run(capsys, *command, str(alone))[0] == 0
+    assert strict(shared.read_text()) == strict(alone.read_text())
+
+
+def test_bad_input_ends_every_process(tmp_path):
+    code, out, err = torchrun("-m", "ww_train", "analyze", str(tmp_path / "missing"))
+    assert (code != 0, out) == (True, "")
+    assert "there is no file or folder" in err
+
+
 # the other commands
 
 

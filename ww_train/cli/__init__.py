@@ -61,7 +61,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _said(message: str, code: int) -> int:
-    print(f"ww-train: {printable(' '.join(message.split()))}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of torchrun; each process may have its own reason
+    name = "ww-train" if rank == "0" else f"ww-train (process {rank})"
+    print(f"{name}: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

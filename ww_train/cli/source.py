@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ww_train.analysis import measure
@@ -32,29 +35,64 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@contextmanager
+def processes() -> Iterator[dist.ProcessGroup | None]:
+    """Join the processes that torchrun started; None if this one is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    # only reports are sent, and torchrun ends the others if one dies
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(device: torch.device | None) -> torch.device:
+    """The device that is meant: the CPU if none; of several accelerators each process takes its own."""
+    if device is None:
+        return torch.device("cpu")
+    if device.type == "cpu" or device.index is not None:
+        return device
+    number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    return torch.device(device.type, number)
+
+
 def source(path: str, device: torch.device | None, adapter: str | None = None) -> Source:
     """A model as `measure` takes it.
 
     Args:
         path: A file or folder.
-        device: Where to compute; None for the CPU.
+        device: Where to compute: see `own_device`.
         adapter: A LoRA adapter to merge into it.
     """
     found = merge(path, adapter) if adapter else weight_matrices(path)
-    return list(_on_device(found, device or torch.device("cpu")))
+    return list(_on_device(found, own_device(device)))
 
 
 def measured(args: Namespace) -> Report:
-    """The report of the model that the arguments name; ValueError if it has no layer to measure."""
-    report = measure(
-        source(args.path, args.device, args.adapter),
-        layers=args.layers,
-        types=tuple(args.types),
-        base_model=source(args.base, args.device) if args.base else None,
-        mp_fit=args.mp_fit,
-        randomize=args.randomize,
-        progress=args.progress and first_process(),
-    )
+    """The report of the model that the arguments name; torchrun's processes share the layers.
+
+    Raises:
+        ValueError: If it has no layer to measure, or another process failed.
+    """
+    with processes() as group:
+        try:
+            report = measure(
+                source(args.path, args.device, args.adapter),
+                layers=args.layers,
+                types=tuple(args.types),
+                base_model=source(args.base, args.device) if args.base else None,
+                mp_fit=args.mp_fit,
+                randomize=args.randomize,
+                progress=args.progress and first_process(),
+                group=group,
+            )
+        except RuntimeError as error:
+            if group is None:
+                raise
+            raise ValueError(str(error)) from error
     if not report.layers:
         raise ValueError(f"{args.path}: no layer could be analysed ({reasons(report.skipped)})")
     return report

@@ -34,10 +34,10 @@ def needed(
             which it raises is `Failed`, and one that its projection finds too small is not measured.
         group: The ranks that must agree; the first one's answer holds.
 
-    Cost: that of `measure(..., randomize=True)`.
+    Cost: that of `measure(..., randomize=True)`, shared by the group.
     """
     matrices = [t.matrix for t in targets if isinstance(t, Task) and not _too_small(t)]
-    report = measure(matrices, randomize=True, min_evals=1, max_evals=None)
+    report = measure(matrices, randomize=True, min_evals=1, max_evals=None, group=group)
     left = {layer.name: layer for layer in report.skipped}
     left |= {layer.name: answer for layer in report if (answer := _refused(when, layer))}
     if group is not None:
