@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 try:
@@ -73,6 +74,7 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         self._first: WeightWatcherCallback | None = None  # of two in one trainer
         self._handler: CallbackHandler | None = None
         self._event: dict[str, Any] = {}
+        self._last_event: dict[str, Any] = {}
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -87,7 +89,7 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
     @property
     def watched(self) -> dict[str, Any]:
         """The monitor's state as plain JSON; the Trainer may restore it by assignment."""
-        return self.monitor.state_dict()
+        return self.monitor.state_dict(wait=False)
 
     @watched.setter
     def watched(self, state: dict[str, Any]) -> None:
@@ -102,6 +104,12 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         """What a checkpoint keeps: the settings, the monitor's state and the step it belongs to."""
         if self._first is not None:
             return self._first.state()
+        self._event = self._last_event
+        self.monitor.settle()
+        self._event = {}
+        return self._entry()
+
+    def _entry(self) -> dict[str, Any]:
         return {
             "args": self.monitor.settings,
             "attributes": {"watched": self.watched, "last_step": self.last_step},
@@ -161,6 +169,9 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         elif every and state.global_step % every == 0:
             epoch = math.floor(now)
             self._boundary(args, state, control, epoch=epoch, project=False, due=True, **kwargs)
+        elif self._first is None and self.monitor.survey.waiting:
+            with self._at(args, state, control, **kwargs):
+                self.monitor.advance(kwargs["model"], epoch=math.floor(now), step=state.global_step)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -220,23 +231,36 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         if self._first or model is None or state.global_step == self.last_step:
             return
         self.last_step = state.global_step
-        if self.monitor.at_end and state.global_step >= state.max_steps > 0:
-            due = True  # reporters close before `on_train_end`
-        event = {"args": args, "state": state, "control": control, "model": model}
-        self._event = {**kwargs, **event}
-        self.monitor.boundary(
-            model,
-            optimizer or (),
-            epoch=epoch,
-            step=state.global_step,
-            project=project,
-            due=due,
-        )
-        if control.should_training_stop or state.global_step >= state.max_steps > 0:
-            self.monitor.draw(epoch=epoch, step=state.global_step)  # while reporters are open
-        self._event = {}
+        # reporters close before `on_train_end`: whatever they are to get must be ready now
+        complete = state.global_step >= state.max_steps > 0
+        over = complete or control.should_training_stop
+        with self._at(args, state, control, model=model, **kwargs):
+            self.monitor.boundary(
+                model,
+                optimizer or (),
+                epoch=epoch,
+                step=state.global_step,
+                project=project,
+                due=True if complete and self.monitor.at_end else due,
+                last=over and self.monitor.background,
+            )
+            if over:
+                self.monitor.draw(epoch=epoch, step=state.global_step)
+
+    @contextmanager
+    def _at(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> Iterator[None]:
+        """Reporters get what is logged within; afterwards the state is kept and the wish to stop."""
+        self._event = {**kwargs, "args": args, "state": state, "control": control}
+        yield
+        self._last_event, self._event = self._event, {}
         # the saved state of a callback is whatever this entry holds when the trainer saves
-        _states(state)[type(self).__name__] = self.state()
+        _states(state)[type(self).__name__] = self._entry()
         if self.monitor.should_stop:
             control.should_training_stop = True
 

@@ -130,6 +130,17 @@ class WeightWatcherCallback(pl.Callback):
         elif every and step % every == 0 and step != self._last_step:
             self._boundary(trainer, pl_module, epoch=trainer.current_epoch, project=False, due=True)
             self._publish(trainer, pl_module, on_step=True)
+        elif self.monitor.advance(
+            pl_module, epoch=trainer.current_epoch, step=step, log_step=_x(trainer)
+        ):
+            self._obey(trainer)
+            self._publish(trainer, pl_module, on_step=True)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Log what is ready and end what runs in the background."""
+        self.monitor.abort()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """An epoch cut short had no last batch: measure it, but do not project."""
@@ -167,6 +178,10 @@ class WeightWatcherCallback(pl.Callback):
             due=due,
             log_step=_x(trainer),
         )
+        self._obey(trainer)
+
+    def _obey(self, trainer: pl.Trainer) -> None:
+        """Stop if the monitor asks for it."""
         if self.monitor.early_stop is not None:
             stop = trainer.strategy.reduce_boolean_decision(self.monitor.should_stop, all=False)
             trainer.should_stop = trainer.should_stop or stop

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from ww_train import Projected, Report, Skipped
 from ww_train.selection import Layers
-from ww_train.spectrum import Spectrum
 
 from .acting import OnVerdict, WarnOnce, asks_to_stop, tell, warn_of_layers
+from .background import BackgroundSurvey
 from .budget import Budget
 from .early_stopping import StopRule
 from .logbook import Logbook
@@ -23,7 +23,7 @@ from .loggers import Logger
 from .sharing import Ranks, ranks_of
 from .steering import end_epochs, find_wwpgd, known_spectra, projection_scalars, wwpgds
 from .summary import Summary
-from .survey import Survey, undisturbed
+from .survey import Moment, Survey, Taken, undisturbed
 from .timeline import Timeline
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class SpectralMonitor:
         at_start: Measure before the first step.
         at_end: Measure after the last step what has not been measured since, every spectrum even
             beyond the budget.
+        background: Measure copies of the weights in a thread, while training goes on: see
+            `ww_train.callbacks.background`. What was measured is logged, with the step of the copy,
+            when it is ready, at the earliest at the next step or boundary; the budget is then that of
+            the copies. Where no core or no part of the GPU is idle, training is slowed all the same.
         budget: What watching may cost as a fraction of the training time: see
             `ww_train.callbacks.budget.Budget`. None to always measure everything.
         early_stop: When to stop: see `ww_train.callbacks.early_stopping`. Sets `should_stop`.
@@ -98,6 +102,7 @@ class SpectralMonitor:
         every_n_steps: int | None = None,
         at_start: bool = True,
         at_end: bool = True,
+        background: bool = False,
         budget: float | None = 0.01,
         early_stop: StopRule | None = None,
         on_verdict: OnVerdict | None = None,
@@ -111,7 +116,8 @@ class SpectralMonitor:
         self.optimizers = optimizers
         self._warn = WarnOnce()
         self.logbook = Logbook(log_to, self._warn)
-        self.survey = Survey(
+        self.background = background
+        self.survey = (BackgroundSurvey if background else Survey)(
             layers=layers,
             randomize=randomize,
             vectors=vectors,
@@ -157,6 +163,7 @@ class SpectralMonitor:
             "every_n_steps": self.every_n_steps,
             "at_start": self.at_start,
             "at_end": self.at_end,
+            "background": self.background,
             "budget": self.budget.fraction,
             "summary": self.summary,
         }
@@ -181,10 +188,14 @@ class SpectralMonitor:
         return self._own_boundary(project=False, due=True)
 
     def step(self) -> dict[str, float]:
-        """Count an optimizer step, and measure if one is due; needed for `every_n_steps` only."""
+        """Count an optimizer step, and measure if one is due.
+
+        Needed for `every_n_steps` only; with `background` what is ready is logged the sooner.
+        """
         self._steps += 1
         if not self.every_n_steps or self._steps % self.every_n_steps:
-            return {}
+            more = self.survey.waiting
+            return self._own_boundary(project=False, due=False) if more else {}
         return self._own_boundary(project=False, due=True)
 
     def epoch_end(self, *, project: bool = True) -> dict[str, float]:
@@ -216,6 +227,9 @@ class SpectralMonitor:
     ) -> None:
         if kind is None:
             self.close()
+        else:
+            self.abort()
+            self.logbook.close()
 
     @property
     def _x(self) -> int:
@@ -289,31 +303,62 @@ class SpectralMonitor:
         """
         ranks = self._ranks or ranks_of(model)
         self._warn.silent = not ranks.first
+        moment = Moment(epoch, step, step if log_step is None else log_step)
         if due is None:
             due = self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
-        with self.budget.interruption(), undisturbed(model):
+        with self.budget.interruption(), undisturbed(model, wait=not self.background):
             found = list(wwpgds(optimizers)) if project else []
             warn = partial(self._warn, "project")
             self.projected = end_epochs(found, model, ranks, warn)
-            scalars = projection_scalars(self.projected)
             known = known_spectra(self.projected, found, model)
             with self.budget.watching() as spent:
-                if due:
-                    scalars |= self._measure(model, ranks, epoch, step, known, last)
-                if scalars:
-                    self.logbook.record({"epoch": float(epoch), "step": float(step), **scalars})
-                if scalars and ranks.first:
-                    x = step if log_step is None else log_step
-                    self.logbook.log(
-                        scalars,
-                        self.report,
-                        epoch=epoch,
-                        step=x,
-                        settings=self.settings,
-                        seconds=self.budget.credit - spent(),
-                        last=False,
-                    )
-        return scalars
+                take = partial(
+                    self.survey.take,
+                    model,
+                    moment,
+                    timeline=self.timeline,
+                    budget=self.budget,
+                    ranks=ranks,
+                    known=known,
+                    due=due,
+                    last=last,
+                )
+                taken = self._attempt(take, f" in epoch {epoch}")
+                return self._note(taken, moment, projection_scalars(self.projected), spent)
+
+    def advance(
+        self, model: nn.Module, *, epoch: int, step: int, log_step: int | None = None
+    ) -> dict[str, float]:
+        """After any step: with `background`, log what is ready and copy what is to be measured next.
+
+        Costs nothing where there is neither, and waits for nothing. With several processes only
+        boundaries do this.
+
+        Returns:
+            See `boundary`.
+        """
+        ranks = self._ranks or Ranks()
+        if ranks.group is not None or not self.survey.waiting:
+            return {}
+        return self.boundary(
+            model, epoch=epoch, step=step, project=False, due=False, log_step=log_step
+        )
+
+    def settle(self) -> None:
+        """With `background`, wait for what is being measured and log it, as before a checkpoint.
+
+        With several processes only what was logged is in a checkpoint; the rest is measured again.
+        """
+        ranks = self._ranks or Ranks()
+        if ranks.group is None:
+            with self.budget.interruption(), self.budget.watching() as spent:
+                taken = self._attempt(lambda: self.survey.finished(ranks, wait=True), "")
+                self._note(taken, None, {}, spent)
+
+    def abort(self) -> None:
+        """Training failed: log what is ready and end what runs in the background."""
+        self.settle()
+        self.survey.cancel()
 
     def finish(
         self,
@@ -359,8 +404,14 @@ class SpectralMonitor:
         report = line.report or Report((), ())
         return Summary(report, line.first, line.measured, step, account.spent, account.overhead)
 
-    def state_dict(self) -> dict[str, Any]:
-        """History, first and latest verdicts, steps and cost as plain JSON; reports are not kept."""
+    def state_dict(self, *, wait: bool = True) -> dict[str, Any]:
+        """History, first and latest verdicts, steps and cost as plain JSON; reports are not kept.
+
+        Args:
+            wait: See `settle`; otherwise what is being measured now is not in it.
+        """
+        if wait:
+            self.settle()
         return {
             "history": self.history,
             "timeline": self.timeline.state_dict(),
@@ -377,27 +428,48 @@ class SpectralMonitor:
         self._epochs, self._steps = state["counts"]
         self._warn.given = set(state["warned"])
 
-    def _measure(
-        self,
-        model: nn.Module,
-        ranks: Ranks,
-        epoch: int,
-        step: int,
-        known: Mapping[str, Spectrum],
-        last: bool,
-    ) -> dict[str, float]:
-        started = self.budget.clock()
-        line, budget = self.timeline, self.budget
+    def _attempt(self, take: Callable[[], list[Taken]], when: str) -> list[Taken]:
         try:
-            fresh = self.survey.take(
-                model, step=step, timeline=line, budget=budget, ranks=ranks, known=known, last=last
-            )
-            if fresh is None:
-                return {}
-            changes = line.update(fresh, step)
+            return take()
         except Exception as error:
-            self._warn("measure", f"no spectra in epoch {epoch}: {error!r}")
-            return {}
+            self._warn("measure", f"no spectra{when}: {error!r}")
+            return []
+
+    def _note(
+        self,
+        taken: Sequence[Taken],
+        now: Moment | None,
+        projection: Mapping[str, float],
+        spent: Callable[[], float],
+    ) -> dict[str, float]:
+        """Record and log a projection of now and what was measured, each with its own step."""
+        records = [(one.moment, self._tell(one, spent)) for one in taken]
+        if now is not None and projection:
+            if not records or records[-1][0] != now:
+                records.append((now, {}))
+            records[-1] = (now, {**projection, **records[-1][1]})
+        told: dict[str, float] = {}
+        for moment, scalars in records:
+            self.logbook.record(
+                {"epoch": float(moment.epoch), "step": float(moment.step), **scalars}
+            )
+            if not self._warn.silent:
+                self.logbook.log(
+                    scalars,
+                    self.report,
+                    epoch=moment.epoch,
+                    step=moment.x,
+                    settings=self.settings,
+                    seconds=self.budget.credit - spent(),
+                    last=False,
+                )
+            told |= scalars
+        return told
+
+    def _tell(self, taken: Taken, spent: Callable[[], float]) -> dict[str, float]:
+        """Take over what was measured, act on it, and give its numbers."""
+        fresh, step, line = taken.report, taken.moment.step, self.timeline
+        changes = line.update(fresh, step)
         report = line.report
         assert report is not None
         warn_of_layers(report, fresh, line.alarms(fresh), self._warn)
@@ -407,8 +479,7 @@ class SpectralMonitor:
         latest = report.scalars()
         scalars = {tag: value for tag, value in latest.items() if tag.startswith("ww/")}
         scalars |= {t: v for t, v in fresh.scalars().items() if not t.startswith("ww/")}
-        seconds = budget.clock() - started
-        scalars |= {"ww/num_measured": float(len(fresh)), "ww/seconds": seconds}
-        if step > 0 and budget.trained:
-            scalars["ww/overhead"] = (budget.spent + seconds) / budget.trained
+        scalars |= {"ww/num_measured": float(len(fresh)), "ww/seconds": taken.seconds}
+        if step > 0 and self.budget.trained:
+            scalars["ww/overhead"] = (self.budget.spent + spent()) / self.budget.trained
         return scalars

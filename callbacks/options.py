@@ -23,6 +23,7 @@ class MonitorOptions(TypedDict, total=False):
     every_n_steps: int | None
     at_start: bool
     at_end: bool
+    background: bool
     budget: float | None
     early_stop: StopRule | None
     on_verdict: OnVerdict | None

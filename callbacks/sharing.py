@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ww_train.ranks import gather
 
 T = TypeVar("T")
 
@@ -29,7 +32,21 @@ class Ranks:
     @property
     def first(self) -> bool:
         """Whether this process is the one that decides and writes."""
-        return self.main if self.group is None else dist.get_rank(self.group) == 0
+        return self.main if self.group is None else self.rank == 0
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def collect(self, own: T) -> list[T]:
+        """What every process has, in their order; a collective."""
+        return [own] if self.group is None else gather(own, self.group)
 
     def agree(self, value: T) -> T:
         """The first process's value, on all; a collective."""
@@ -39,6 +56,25 @@ class Ranks:
         source = dist.get_global_rank(self.group, 0)
         dist.broadcast_object_list(box, source, group=self.group)
         return box[0]
+
+    def decide(self, make: Callable[[], T]) -> T:
+        """What the first process makes, on all; a collective.
+
+        Raises:
+            RuntimeError: On all, if it failed: one that raised alone would leave the others waiting.
+        """
+        if self.group is None:
+            return make()
+        made: T | None = None
+        failure = ""
+        try:
+            made = make() if self.first else None
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        made, failure = self.agree((made, failure))
+        if failure:
+            raise RuntimeError(failure)
+        return made  # type: ignore[return-value]
 
 
 def ranks_of(model: nn.Module) -> Ranks:

@@ -95,7 +95,13 @@ class Summary:
             console.print(line, markup=False, highlight=False)
 
 
-_STYLES = {"trapped": "red", "over-trained": "red", "under-trained": "yellow", "critical": "green"}
+_STYLES = {
+    "trapped": "red",
+    "over-trained": "red",
+    "random-like": "cyan",
+    "under-trained": "yellow",
+    "critical": "green",
+}
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ww_train import Report, measure
+from ww_train import Report, Skipped, measure
 from ww_train.decomposition import work
 from ww_train.measurement import FIT
 from ww_train.selection import Layers, select
@@ -22,6 +22,30 @@ from .timeline import Timeline
 
 MIN_EVALS, MAX_EVALS = 8, 15000
 """Layers outside are skipped by `ww_train.measure` and cost nothing."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When the weights were what they are.
+
+    Attributes:
+        epoch: Number of epochs finished.
+        step: Number of optimizer steps done.
+        x: The step of the loggers.
+    """
+
+    epoch: int
+    step: int
+    x: int
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """What was measured, when the weights were so, and how many seconds it took."""
+
+    report: Report
+    moment: Moment
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,9 @@ class Entry:
 class Survey:
     """What is measured of a model; the arguments are those of `ww_train.measure`."""
 
+    waiting = False
+    """Whether there is more to measure at the next step."""
+
     def __init__(
         self, *, layers: Layers, randomize: int, vectors: bool, replicates: int, seed: int
     ) -> None:
@@ -56,38 +83,37 @@ class Survey:
     def take(
         self,
         model: nn.Module,
+        moment: Moment,
         *,
-        step: int,
         timeline: Timeline,
         budget: Budget,
         ranks: Ranks,
         known: Mapping[str, Spectrum],
+        due: bool,
         last: bool = False,
-    ) -> Report | None:
+    ) -> list[Taken]:
         """Measure what is not of this step already and can be afforded; the same on all ranks.
 
         Args:
             model: The model.
-            step: The present step.
+            moment: The present moment.
             timeline: When each layer was measured last.
             budget: Pays.
             ranks: Who measures; the first one plans.
             known: Spectra of this moment, by layer name.
+            due: Whether to measure.
             last: Training is over: every spectrum is measured, whatever it costs.
-
-        Returns:
-            The report of what was measured; None if nothing was.
 
         Raises:
             Exception: Whatever went wrong, on every rank.
         """
-        mine = _attempt(lambda: self._plan(model, step, timeline, budget, known, last))
-        chosen = ranks.agree(mine)
-        if isinstance(chosen, str):
-            raise RuntimeError(chosen)
-        if chosen is None:
-            return None
         started = budget.clock()
+        chosen = None
+        if due:
+            step = moment.step
+            chosen = ranks.decide(lambda: self._plan(model, step, timeline, budget, known, last))
+        if chosen is None:
+            return []
         parts = [
             measure(
                 model,
@@ -104,10 +130,14 @@ class Survey:
         ]
         if chosen.work:
             budget.learn(chosen.work, budget.clock() - started)
-        return Report(
-            tuple(layer for part in parts for layer in part),
-            tuple(layer for part in parts for layer in part.skipped),
-        )
+        return [Taken(joined(parts), moment, budget.clock() - started)]
+
+    def finished(self, ranks: Ranks, *, wait: bool) -> list[Taken]:
+        """What was measured beside training since the last call."""
+        return []
+
+    def cancel(self) -> None:
+        """Training failed: measure nothing more."""
 
     def _plan(
         self,
@@ -119,12 +149,25 @@ class Survey:
         last: bool,
     ) -> Plan | None:
         entries = self._look_up(model)
-        counted = timeline.shuffled if self.randomize else timeline.measured
-        stale = [x for x in entries if counted.get(x.name) != step or x.name in known]
-        if entries and not stale:
+        layers = self._stale(entries, step, timeline, known)
+        if entries and not layers:
             return None
+        chosen = plan(layers, budget.affordable)
+        if last:
+            chosen = with_spectra(chosen, [layer for layer in layers if layer.measured != step])
+        return chosen if chosen.whole or chosen.spectra or not entries else None
+
+    def _stale(
+        self,
+        entries: Sequence[Entry],
+        step: int,
+        timeline: Timeline,
+        known: Mapping[str, Spectrum],
+    ) -> list[Candidate]:
+        """The layers of which something was not measured at this step, or has changed since."""
+        counted = timeline.shuffled if self.randomize else timeline.measured
         free = () if self.vectors else known  # localisation needs a decomposition of its own
-        layers = [
+        return [
             Candidate(
                 entry.layer_id,
                 0.0 if not entry.work else FIT if entry.name in free else FIT + entry.work,
@@ -132,12 +175,9 @@ class Survey:
                 timeline.measured.get(entry.name, -1),
                 counted.get(entry.name, -1),
             )
-            for entry in stale
+            for entry in entries
+            if counted.get(entry.name) != step or entry.name in known
         ]
-        chosen = plan(layers, budget.affordable)
-        if last:
-            chosen = with_spectra(chosen, [layer for layer in layers if layer.measured != step])
-        return chosen if chosen.whole or chosen.spectra or not entries else None
 
     def _look_up(self, model: nn.Module) -> tuple[Entry, ...]:
         """The matrices of the model, found again only when its parameters are others."""
@@ -148,39 +188,40 @@ class Survey:
             found = list(weight_matrices(model))
             chosen = select([(x.name, "") for x in found], self.layers)
             self._entries = tuple(
-                Entry(i, x.name, _work(x) if isinstance(x, WeightMatrix) else 0.0)
-                for i, x in enumerate(found)
-                if chosen[i]
+                Entry(i, x.name, work_of(x)) for i, x in enumerate(found) if chosen[i]
             )
             self._parameters = parameters
         return self._entries
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, *, wait: bool = True) -> Iterator[None]:
     """No gradients and no automatic casting, whatever the training loop has switched on.
 
-    Work that an accelerator still has queued is awaited first: it is not the cost of watching.
+    Args:
+        model: The model being trained.
+        wait: First await what an accelerator still has queued: it is not the cost of watching.
     """
     kinds = {p.device.type for p in model.parameters()} if isinstance(model, nn.Module) else set()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", *kinds} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if kinds - {"cpu", "meta"}:
+        if wait and kinds - {"cpu", "meta"}:
             torch.accelerator.synchronize()
         yield
 
 
-def _work(matrix: WeightMatrix) -> float:
-    if not MIN_EVALS <= matrix.num_evals <= MAX_EVALS:
+def work_of(matrix: WeightMatrix | Skipped) -> float:
+    """Operations of a layer's decomposition; 0 if it is skipped."""
+    if isinstance(matrix, Skipped) or not MIN_EVALS <= matrix.num_evals <= MAX_EVALS:
         return 0.0
     return work(matrix.N, matrix.M, matrix.rf)
 
 
-def _attempt(make: Callable[[], Plan | None]) -> Plan | str | None:
-    """The plan or what went wrong: a rank that raised would leave the others waiting."""
-    try:
-        return make()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+def joined(parts: Iterable[Report]) -> Report:
+    """One report of several, in the order of the model."""
+    parts = list(parts)
+    layers = [layer for part in parts for layer in part]
+    skipped = [layer for part in parts for layer in part.skipped]
+    return Report(tuple(sorted(layers, key=lambda layer: layer.layer_id)), tuple(skipped))

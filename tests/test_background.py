@@ -1,0 +1,304 @@
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from ww_train import WWPGD, measure
+from ww_train.callbacks import background
+from ww_train.callbacks.monitor import SpectralMonitor
+
+from .oracles import gaussian
+from .training import adamw, net, same, train, wrap
+
+TAGS = ("ww_alpha/", "ww_erg_gap/", "ww_traps/")
+
+
+def watch(*arguments, **options):
+    usual = {"background": True, "budget": None, "summary": False}
+    return SpectralMonitor(*arguments, **{**usual, **options})
+
+
+def epochs(monitor, number):
+    for _ in range(number):
+        monitor.epoch_end()
+        monitor.settle()
+
+
+def deep(layers=6):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(*[nn.Linear(24, 24) for _ in range(layers)])
+
+
+def of_layers(record):
+    return {tag: value for tag, value in record.items() if tag.startswith(TAGS)}
+
+
+def expected(model):
+    return of_layers(measure(model, randomize=True).scalars())
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """What the thread measures: names of the layers, who did it, with how many cores."""
+    calls = []
+
+    def spying(copies, *, layers, **options):
+        calls.append((tuple(layers), threading.current_thread(), torch.get_num_threads()))
+        return measure(copies, layers=layers, **options)
+
+    monkeypatch.setattr(background, "measure", spying)
+    return calls
+
+
+def helpers():
+    return [t for t in threading.enumerate() if t.name.startswith("ww_train")]
+
+
+def test_each_record_tells_what_was_at_its_own_step():
+    model = net()
+    opt = adamw(model)
+    truth = {}
+    with watch(model, opt) as monitor:
+        truth[0] = expected(model)
+        monitor.settle()
+        for epoch in (1, 2, 3):
+            train(model, opt, 2, first=2 * epoch)
+            monitor.epoch_end()
+            truth[epoch] = expected(model)
+            monitor.settle()
+    records = {int(r["step"]): of_layers(r) for r in monitor.history}
+    assert records == truth
+    assert [r["step"] for r in monitor.history] == [0, 1, 2, 3]
+    assert monitor.history[-1]["ww/num_measured"] == 2.0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("steers", [False, True])
+def test_training_is_bit_for_bit_the_same(threads, steers):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for watched in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(24, 300), nn.Dropout(0.1), nn.Linear(300, 24))
+            opt = wrap(model, strength=0.1) if steers else adamw(model)
+            monitor = watch(model, opt) if watched else None
+            for epoch in range(3):
+                for i in range(4):
+                    train(model, opt, 1, first=4 * epoch + i)
+                    if monitor:
+                        monitor.step()
+                if monitor:
+                    monitor.epoch_end()
+                elif steers:
+                    opt.end_epoch()
+            if monitor:
+                monitor.close()
+            results.append((model, torch.rand(1)))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    (bare, random), (watched_model, after) = results
+    assert same(bare, watched_model)
+    assert torch.equal(random, after)
+
+
+def test_one_thread_with_one_core_measures_and_is_gone_at_the_end(spy):
+    model = net()
+    before = torch.get_num_threads()
+    with watch(model, adamw(model)) as monitor:
+        for _ in range(3):
+            monitor.step()
+            monitor.epoch_end()
+            monitor.settle()
+    threads = {thread for _, thread, _ in spy}
+    assert len(threads) == 1
+    assert threading.main_thread() not in threads
+    assert {cores for _, _, cores in spy} == {1}
+    assert torch.get_num_threads() == before
+    assert helpers() == []
+
+
+def test_few_copies_are_held_and_every_layer_has_its_turn(monkeypatch, spy):
+    model = deep()
+    opt = adamw(model)
+    monkeypatch.setattr(background, "COPY_BYTES", 2 * 4 * 24 * 24)
+    monitor = watch(model, opt, at_start=False, at_end=False)
+    monitor.step()
+    monitor.epoch_end()
+    truth, steps = {1: expected(model)}, 1
+    while len({i for layers, _, _ in spy for i in layers}) < 6:
+        monitor.settle()
+        train(model, opt, 1, first=steps)
+        steps += 1
+        monitor.step()
+        truth[steps] = expected(model)
+    monitor.settle()
+    assert [len(layers) for layers, _, _ in spy] == [2, 2, 2]
+    assert sorted(i for layers, _, _ in spy for i in layers) == list(range(6))
+    for record in monitor.history:
+        own = of_layers(record)
+        assert len(own) == 2 * len(TAGS)
+        assert own.items() <= truth[int(record["step"])].items()
+    assert monitor.report.scalars()["ww/num_layers"] == 6.0
+    monitor.close()
+
+
+def test_the_stalest_layers_come_first(monkeypatch, spy):
+    monkeypatch.setattr(background, "COPY_BYTES", 4 * 4 * 24 * 24)
+    model = deep()
+    monitor = watch(model, at_start=False, at_end=False)
+    epochs(monitor, 3)
+    assert [layers for layers, _, _ in spy] == [(0, 1, 2, 3), (4, 5, 0, 1), (2, 3, 0, 1)]
+    monitor.close()
+
+
+def test_a_busy_thread_is_not_given_more(monkeypatch):
+    go = threading.Event()
+    started = []
+
+    def slow(copies, **options):
+        started.append(1)
+        assert go.wait(60)
+        return measure(copies, **options)
+
+    monkeypatch.setattr(background, "measure", slow)
+    model = net()
+    monitor = watch(model, at_start=False, at_end=False)
+    for _ in range(5):
+        assert monitor.epoch_end() == {}
+    assert len(started) <= 1
+    go.set()
+    monitor.settle()
+    assert [r["step"] for r in monitor.history] == [1]
+    monitor.close()
+
+
+def test_what_fails_in_the_thread_warns_once_and_the_next_is_tried(monkeypatch):
+    luck = [False, False, True]
+
+    def unlucky(copies, **options):
+        if luck.pop(0):
+            return measure(copies, **options)
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(background, "measure", unlucky)
+    model = net()
+    monitor = watch(model, at_start=False, at_end=False)
+    with pytest.warns(UserWarning, match="device lost") as caught:
+        epochs(monitor, 3)
+    assert len(caught) == 1
+    assert [r["step"] for r in monitor.history] == [3]
+    monitor.close()
+
+
+def test_the_end_waits_and_measures_what_is_stale():
+    model = net()
+    opt = adamw(model)
+    with watch(model, opt, at_start=False) as monitor:
+        monitor.epoch_end()
+        train(model, opt, 2)
+        monitor._steps = 7  # as if these had been counted
+    assert [r["step"] for r in monitor.history] == [1, 7]
+    assert of_layers(monitor.history[-1]) == expected(model)
+    assert helpers() == []
+
+
+def test_an_exception_keeps_what_is_measured_and_ends_the_thread(tmp_path):
+    model, log = net(), tmp_path / "log.csv"
+    monitor = watch(model, log_to=str(log), at_start=False)
+
+    def interrupted():
+        with monitor:
+            monitor.epoch_end()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [r["step"] for r in monitor.history] == [1]
+    assert "ww/alpha_mean" in log.read_text()
+    assert helpers() == []
+
+
+def test_a_checkpoint_waits():
+    model = net()
+    monitor = watch(model, at_start=False)
+    monitor.epoch_end()
+    assert monitor.state_dict(wait=False)["history"] in ([], monitor.history)
+    (record,) = monitor.state_dict()["history"]
+    assert of_layers(record) == expected(model)
+    other = watch(model)
+    other.load_state_dict(monitor.state_dict())
+    assert other.history == monitor.history
+    monitor.close()
+
+
+def test_copies_of_a_monitor_have_threads_of_their_own():
+    monitor = watch(net())
+    twin = copy.deepcopy(monitor)
+    twin.start()
+    twin.settle()
+    assert len(twin.history) == 1
+    assert monitor.history == []
+    twin.close()
+
+
+def test_a_projection_is_logged_at_once_and_what_it_left_is_not_decomposed_again(monkeypatch):
+    model = net()
+    opt = WWPGD(adamw(model), model=model)
+    sizes = []
+    eigvalsh = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda a: (sizes.append(len(a)), eigvalsh(a))[1])
+    monitor = watch(model, opt, randomize=False, at_start=False, at_end=False)
+    train(model, opt, 2)
+    scalars = monitor.epoch_end()
+    assert scalars["ww/strength"] > 0
+    assert "ww/alpha_mean" not in scalars
+    monitor.settle()
+    assert sizes == []
+    assert [("ww/strength" in r, "ww/alpha_mean" in r) for r in monitor.history] == [
+        (True, False),
+        (False, True),
+    ]
+    assert of_layers(monitor.history[1]) == pytest.approx(
+        of_layers(measure(model).scalars()), rel=1e-3
+    )
+    monitor.close()
+
+
+def test_beyond_the_budget_nothing_is_copied(spy):
+    now = [0.0]
+
+    def clock():
+        now[0] += 1.0  # each look at the clock takes a second
+        return now[0]
+
+    model = net()
+    monitor = SpectralMonitor(
+        model, background=True, budget=0.01, clock=clock, summary=False, at_end=False
+    )
+    epochs(monitor, 5)
+    assert len(spy) == 1
+    monitor.close()
+
+
+def test_a_layer_of_nan_is_told_and_the_others_are_measured():
+    model = net()
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    monitor = watch(model, at_start=False, at_end=False)
+    with pytest.warns(UserWarning, match="layer 0 is not watched"):
+        epochs(monitor, 1)
+    assert [layer.name for layer in monitor.report] == ["2"]
+    monitor.close()
+
+
+def test_something_that_is_no_model_warns():
+    monitor = watch(gaussian(24, 24))
+    with pytest.warns(UserWarning, match="expected an nn.Module"):
+        monitor.epoch_end()
+    monitor.close()
