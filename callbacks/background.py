@@ -59,30 +59,23 @@ class BackgroundSurvey(Survey):
         known: Mapping[str, Spectrum],
         due: bool,
         last: bool = False,
-    ) -> list[Taken]:
-        """What the thread has finished; copies what it is to measure next. See `Survey.take`.
+    ) -> Taken | None:
+        """Copy what the thread is to measure next; the last measurement is made here and now.
 
-        With several processes all must call this at the same steps.
+        See `Survey.take`. With several processes all must call this at the same steps.
         """
-        try:
-            taken = self.finished(ranks, wait=last)
-            if last:
-                rest = partial(super().take, timeline=timeline, budget=budget, ranks=ranks)
-                return taken + rest(model, moment, known=known, due=due, last=True)
-            if due:
-                stale = partial(self._ordered, model, moment.step, timeline, budget, known)
-                self._wanted = ranks.decide(stale)
-            if self._wanted and self._lot is None:
-                self._begin(model, moment, ranks, known)
-        except Exception:
-            self._wanted = []
-            raise
-        finally:
-            if last:
-                self.cancel()
-        return taken
+        if last:
+            self.cancel()
+            rest = partial(super().take, timeline=timeline, budget=budget, ranks=ranks)
+            return rest(model, moment, known=known, due=due, last=True)
+        if due:
+            stale = partial(self._ordered, model, moment.step, timeline, budget, known)
+            self._wanted = ranks.decide(stale)
+        if self._wanted and self._lot is None:
+            self._begin(model, moment, ranks, known)
+        return None
 
-    def finished(self, ranks: Ranks, *, wait: bool) -> list[Taken]:
+    def finished(self, ranks: Ranks, *, wait: bool) -> Taken | None:
         """The lot that the thread has measured, if it has; a collective.
 
         Raises:
@@ -90,9 +83,9 @@ class BackgroundSurvey(Survey):
         """
         lot = self._lot
         if lot is None:
-            return []
+            return None
         if not wait and not all(ranks.collect(lot.done)):
-            return []
+            return None
         self._lot = None
         parts = ranks.collect(lot.outcome(alone=ranks.group is None))
         failed = [part for part in parts if isinstance(part, str)]
@@ -100,7 +93,7 @@ class BackgroundSurvey(Survey):
             raise RuntimeError("; ".join(dict.fromkeys(failed)))
         reports = [part for part in parts if isinstance(part, Taken)]
         seconds = max(part.seconds for part in reports)
-        return [Taken(joined(part.report for part in reports), lot.moment, seconds)]
+        return Taken(joined(part.report for part in reports), lot.moment, seconds)
 
     def cancel(self) -> None:
         """Wait for the thread, at most until it has done its lot, and end it."""

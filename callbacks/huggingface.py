@@ -147,7 +147,7 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the untrained model, now that every reporter has begun."""
-        late = state.global_step > 0 and not self.history
+        late = state.global_step > 0 > self.last_step
         if self._first or not (late or state.global_step == 0) or not self.monitor.at_start:
             return
         if late:

@@ -105,7 +105,7 @@ class WeightWatcherCallback(pl.Callback):
                 "(give the Trainer a logger=, or the callback log_to=)",
                 stacklevel=2,
             )
-        late = trainer.global_step > 0 and not self.history
+        late = trainer.global_step > 0 > self._last_step
         if late:
             warnings.warn(
                 f"the spectra are watched from step {trainer.global_step} on: the checkpoint, or "

@@ -312,6 +312,7 @@ class SpectralMonitor:
             self.projected = end_epochs(found, model, ranks, warn)
             known = known_spectra(self.projected, found, model)
             with self.budget.watching() as spent:
+                earlier = self._finished(ranks, spent, wait=last)
                 take = partial(
                     self.survey.take,
                     model,
@@ -324,7 +325,8 @@ class SpectralMonitor:
                     last=last,
                 )
                 taken = self._attempt(take, f" in epoch {epoch}")
-                return self._note(taken, moment, projection_scalars(self.projected), spent)
+                projection = projection_scalars(self.projected)
+                return earlier | self._note(moment, taken, projection, spent)
 
     def advance(
         self, model: nn.Module, *, epoch: int, step: int, log_step: int | None = None
@@ -352,8 +354,7 @@ class SpectralMonitor:
         ranks = self._ranks or Ranks()
         if ranks.group is None:
             with self.budget.interruption(), self.budget.watching() as spent:
-                taken = self._attempt(lambda: self.survey.finished(ranks, wait=True), "")
-                self._note(taken, None, {}, spent)
+                self._finished(ranks, spent, wait=True)
 
     def abort(self) -> None:
         """Training failed: log what is ready and end what runs in the background."""
@@ -428,43 +429,43 @@ class SpectralMonitor:
         self._epochs, self._steps = state["counts"]
         self._warn.given = set(state["warned"])
 
-    def _attempt(self, take: Callable[[], list[Taken]], when: str) -> list[Taken]:
+    def _attempt(self, take: Callable[[], Taken | None], when: str = "") -> Taken | None:
         try:
             return take()
         except Exception as error:
             self._warn("measure", f"no spectra{when}: {error!r}")
-            return []
+            return None
+
+    def _finished(
+        self, ranks: Ranks, spent: Callable[[], float], *, wait: bool
+    ) -> dict[str, float]:
+        """Record and log what was measured in the background."""
+        taken = self._attempt(partial(self.survey.finished, ranks, wait=wait))
+        return self._note(taken.moment, taken, {}, spent) if taken else {}
 
     def _note(
         self,
-        taken: Sequence[Taken],
-        now: Moment | None,
+        moment: Moment,
+        taken: Taken | None,
         projection: Mapping[str, float],
         spent: Callable[[], float],
     ) -> dict[str, float]:
-        """Record and log a projection of now and what was measured, each with its own step."""
-        records = [(one.moment, self._tell(one, spent)) for one in taken]
-        if now is not None and projection:
-            if not records or records[-1][0] != now:
-                records.append((now, {}))
-            records[-1] = (now, {**projection, **records[-1][1]})
-        told: dict[str, float] = {}
-        for moment, scalars in records:
-            self.logbook.record(
-                {"epoch": float(moment.epoch), "step": float(moment.step), **scalars}
+        """Record and log what was projected and measured, if anything was."""
+        scalars = {**projection, **(self._tell(taken, spent) if taken else {})}
+        if not scalars:
+            return {}
+        self.logbook.record({"epoch": float(moment.epoch), "step": float(moment.step), **scalars})
+        if not self._warn.silent:
+            self.logbook.log(
+                scalars,
+                self.report,
+                epoch=moment.epoch,
+                step=moment.x,
+                settings=self.settings,
+                seconds=self.budget.credit - spent(),
+                last=False,
             )
-            if not self._warn.silent:
-                self.logbook.log(
-                    scalars,
-                    self.report,
-                    epoch=moment.epoch,
-                    step=moment.x,
-                    settings=self.settings,
-                    seconds=self.budget.credit - spent(),
-                    last=False,
-                )
-            told |= scalars
-        return told
+        return scalars
 
     def _tell(self, taken: Taken, spent: Callable[[], float]) -> dict[str, float]:
         """Take over what was measured, act on it, and give its numbers."""

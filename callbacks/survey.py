@@ -91,7 +91,7 @@ class Survey:
         known: Mapping[str, Spectrum],
         due: bool,
         last: bool = False,
-    ) -> list[Taken]:
+    ) -> Taken | None:
         """Measure what is not of this step already and can be afforded; the same on all ranks.
 
         Args:
@@ -113,7 +113,7 @@ class Survey:
             step = moment.step
             chosen = ranks.decide(lambda: self._plan(model, step, timeline, budget, known, last))
         if chosen is None:
-            return []
+            return None
         parts = [
             measure(
                 model,
@@ -130,11 +130,11 @@ class Survey:
         ]
         if chosen.work:
             budget.learn(chosen.work, budget.clock() - started)
-        return [Taken(joined(parts), moment, budget.clock() - started)]
+        return Taken(joined(parts), moment, budget.clock() - started)
 
-    def finished(self, ranks: Ranks, *, wait: bool) -> list[Taken]:
+    def finished(self, ranks: Ranks, *, wait: bool) -> Taken | None:
         """What was measured beside training since the last call."""
-        return []
+        return None
 
     def cancel(self) -> None:
         """Training failed: measure nothing more."""

@@ -1,15 +1,19 @@
 import copy
 import threading
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ww_train import WWPGD, measure
 from ww_train.callbacks import background
 from ww_train.callbacks.monitor import SpectralMonitor
+from ww_train.callbacks.sharing import Ranks
 
 from .oracles import gaussian
+from .pair import Pair
 from .training import adamw, net, same, train, wrap
 
 TAGS = ("ww_alpha/", "ww_erg_gap/", "ww_traps/")
@@ -302,3 +306,65 @@ def test_something_that_is_no_model_warns():
     with pytest.warns(UserWarning, match="expected an nn.Module"):
         monitor.epoch_end()
     monitor.close()
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("needs gloo")
+    both = Pair(tmp_path_factory.mktemp("pair"))
+    yield both
+    both.close()
+
+
+def watched_by_two(shards, fails):
+    """Histories of a monitor in the background, and the names of what this process decomposed."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, seen, luck = deep(5), [], [fails]
+    if shards:
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
+    ranks = Ranks(dist.group.WORLD, replicated=not shards)
+    alone = measure
+
+    def spying(copies, *, layers, **options):
+        seen.extend(layers)
+        if luck.pop() if luck else False:
+            raise KeyError("no luck")
+        return alone(copies, layers=layers, **options)
+
+    background.measure, limit = spying, background.COPY_BYTES
+    background.COPY_BYTES = 4 * 24 * 24  # a layer for each process at a time
+    try:
+        monitor = watch(at_start=False)
+        monitor.begin(step=0, ranks=ranks)
+        for epoch in range(1, 30):
+            monitor.boundary(model, epoch=epoch, step=epoch, due=epoch % 10 == 1)
+            time.sleep(0.02)
+        monitor.finish(model, epoch=30, step=30)
+    finally:
+        background.measure, background.COPY_BYTES = alone, limit
+    records = [(r["step"], of_layers(r)) for r in monitor.history]
+    return records, sorted(set(seen)), of_layers(measure(model, randomize=True).scalars())
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["replicas", "shards"])
+def test_each_process_measures_a_part_and_all_know_the_same(pair, shards):
+    (zero, first, truth), (one, second, _) = pair(watched_by_two, shards, False)
+    assert zero == one
+    assert first != second
+    assert set(first) | set(second) == set(range(5))
+    assert len(zero) > 3
+    for _, layers in zero[:-1]:
+        assert len(layers) in (len(TAGS), 2 * len(TAGS))
+        assert layers.items() <= truth.items()
+    assert zero[-1] == (30, truth)
+
+
+def test_a_thread_that_fails_in_one_process_leaves_none_waiting(pair):
+    (zero, *_), (one, *_) = pair(watched_by_two, False, True)
+    assert zero == one
+    assert zero[-1][0] == 30

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import sys
+import threading
 import warnings
 
 import pytest
@@ -911,3 +912,39 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.trainer_callback", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'ww-train\[huggingface\]'"):
         importlib.import_module("ww_train.callbacks.huggingface")
+
+
+# In the background
+
+
+def of_layers(history):
+    return {r["step"]: {k: v for k, v in r.items() if k.startswith("ww_")} for r in history}
+
+
+@pytest.mark.parametrize("strength", [None, 0.3], ids=["watched", "steered"])
+def test_in_the_background_every_record_is_that_of_its_step(tmp_path, board, strength):
+    every, beside = watching(every_n_steps=1), watching(background=True)
+    settings, folder = board
+    bare = train(tmp_path / "a", every, strength=strength)
+    trainer = train(tmp_path / "b", beside, strength=strength, **settings)
+    assert same(bare.model, trainer.model)
+    truth, records = of_layers(every.history), of_layers(beside.history)
+    assert {0, 2 * STEPS} <= records.keys()
+    for step, record in records.items():
+        assert record.items() <= truth[step].items()
+    logged = {event.step for event in events(folder)["ww/alpha_mean"]}
+    assert logged == {step for step in records if any("alpha" in tag for tag in records[step])}
+    assert {row["step"] for row in rows(trainer)} == logged
+    assert not [t for t in threading.enumerate() if t.name.startswith("ww_train")]
+
+
+def test_a_checkpoint_holds_what_was_being_measured(tmp_path):
+    beside = watching(background=True, at_start=False)
+    train(tmp_path, beside, strength=None, save_strategy="epoch")
+    for epoch in (1, 2):
+        state = json.loads(
+            (tmp_path / f"checkpoint-{epoch * STEPS}/trainer_state.json").read_text()
+        )
+        saved = state["stateful_callbacks"]["WeightWatcherCallback"]
+        saved = saved[-1] if isinstance(saved, list) else saved
+        assert saved["attributes"]["watched"]["history"][-1]["step"] == epoch * STEPS

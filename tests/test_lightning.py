@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 import sys
+import threading
 import warnings
 
 import pytest
@@ -858,3 +859,50 @@ def test_without_lightning_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'ww-train\[lightning\]'"):
         importlib.import_module("ww_train.callbacks.lightning")
+
+
+# In the background
+
+
+def of_layers(history):
+    return {r["step"]: {k: v for k, v in r.items() if k.startswith("ww_")} for r in history}
+
+
+@pytest.mark.parametrize("strength", [None, 0.3], ids=["watched", "steered"])
+def test_in_the_background_every_record_is_that_of_its_step(tmp_path, strength):
+    every, beside, module = watching(every_n_steps=1), watching(background=True), Net(strength)
+    bare = Net(strength)
+    fit(bare, every, max_epochs=4)
+    trainer = fit(module, beside, max_epochs=4, logger=TensorBoardLogger(tmp_path))
+    assert same(bare, module)
+    truth, records = of_layers(every.history), of_layers(beside.history)
+    assert {0, 4 * BATCHES} <= records.keys()
+    for step, record in records.items():
+        assert record.items() <= truth[step].items()
+    logged = {event.step for event in events(trainer.logger.log_dir)["ww_alpha/fc1"]}
+    assert logged == {
+        step - 1 if step else 0 for step in records if "ww_alpha/fc1" in records[step]
+    }
+    assert not [t for t in threading.enumerate() if t.name.startswith("ww_train")]
+
+
+def test_a_checkpoint_holds_what_was_being_measured(tmp_path):
+    beside = watching(background=True, at_start=False)
+    saved = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1)
+    fit(Net(None), beside, saved, max_epochs=2)
+    for path in tmp_path.glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        history = checkpoint["callbacks"][beside.state_key]["monitor"]["history"]
+        assert history[-1]["step"] == checkpoint["global_step"]
+
+
+def test_a_failing_training_ends_the_thread(tmp_path):
+    def fails(trainer, module):
+        if trainer.current_epoch == 1:
+            raise KeyError("in the second epoch")
+
+    beside = watching(background=True, at_start=False)
+    with pytest.raises(KeyError, match="second epoch"):
+        fit(Net(None), beside, Probe("on_train_epoch_start", fails))
+    assert [record["step"] for record in beside.history] == [BATCHES]
+    assert not [t for t in threading.enumerate() if t.name.startswith("ww_train")]
