@@ -34,6 +34,7 @@ ORDER = [
     "erg",
     "marchenko_pastur",
     "kernel_mp",
+    "randomness",
     "traps",
     "trap_causes",
     "columns",

@@ -1,17 +1,18 @@
 import io
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from ww_train import Report, measure
 from ww_train.callbacks.summary import ROWS, Summary
 from ww_train.power_law import PowerLawFit
 
-from .oracles import dense, gaussian
+from .oracles import dense, heavy
 
 
 def layer(name, alpha, layer_id=0):
-    (measured,) = measure(nn.ModuleDict({name: dense(gaussian(40, 30))}))
+    (measured,) = measure(nn.ModuleDict({name: dense(torch.from_numpy(heavy(40, 30)))}))
     fit = PowerLawFit(alpha, 1.0, 9.0, 0.01, 0.1, 100)
     return replace(measured, fit=fit, layer_id=layer_id)
 

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
 from ww_train import Report, Skipped, measure
@@ -9,7 +10,7 @@ from ww_train.callbacks.early_stopping import alpha_below, traps_appear
 from ww_train.callbacks.timeline import Timeline, alarm
 from ww_train.power_law import PowerLawFit
 
-from .oracles import dense, gaussian
+from .oracles import dense, gaussian, heavy
 
 WEIGHTS = {name: gaussian(40, 30, seed=i) for i, name in enumerate("abc")}
 
@@ -21,7 +22,7 @@ def report(names="abc", *, randomize=True, **changed):
 
 def with_fit(alpha, tail=400, name="a", traps=None, causes=()):
     """A layer of which only the fit and the traps matter."""
-    (layer,) = report(name, randomize=False)
+    (layer,) = report(name, randomize=False, **{name: torch.from_numpy(heavy(40, 30))})
     fit = PowerLawFit(alpha, 1.0, 9.0, 0.01, (alpha - 1.0) / tail**0.5, tail)
     return replace(layer, fit=fit, traps=traps, trap_causes=causes)
 

@@ -7,15 +7,21 @@ import torch
 from torch import nn
 
 from ww_train import LayerReport, Report, measure
-from ww_train.power_law import PowerLawFit
+from ww_train.power_law import PowerLawFit, fit_power_law
 from ww_train.trap_causes import TrapCause
-from ww_train.verdicts import WORST_FIRST, layer_advice, layer_verdict, model_verdict
+from ww_train.verdicts import (
+    WORST_FIRST,
+    layer_advice,
+    layer_verdict,
+    malformed_from,
+    model_verdict,
+)
 
-from .oracles import dense, gaussian
+from .oracles import dense, gaussian, pareto
 
 
-def fit(alpha, D=0.05):
-    return PowerLawFit(alpha, 1.0, 9.0, D, 0.1, 100)
+def fit(alpha, D=0.05, size=100):
+    return PowerLawFit(alpha, 1.0, 9.0, D, 0.1, size)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,7 @@ def test_the_bounds_of_alpha(alpha, word):
     assert layer_verdict(fit(alpha), 3) == "trapped"
 
 
-@pytest.mark.parametrize("bad", [None, fit(3.0, D=0.21)])
+@pytest.mark.parametrize("bad", [None, fit(3.0, D=0.11), fit(3.0, D=0.21, size=8)])
 def test_malformed_is_a_tail_that_is_none_and_traps_come_before_it(bad):
     assert layer_verdict(bad) == "malformed"
     assert layer_verdict(bad, 1) == "trapped"
@@ -46,8 +52,33 @@ def test_malformed_is_a_tail_that_is_none_and_traps_come_before_it(bad):
 
 def test_every_verdict_has_a_place_in_the_order():
     fits = [None, *(fit(alpha) for alpha in (1.0, 2.0, 3.0, 7.0))]
-    words = {layer_verdict(f, traps) for f, traps in itertools.product(fits, (None, 0, 2))}
+    words = {
+        layer_verdict(f, traps, random_like=random)
+        for f, traps, random in itertools.product(fits, (None, 0, 2), (False, True))
+    }
     assert words == set(WORST_FIRST)
+
+
+@pytest.mark.parametrize("tail", [None, fit(1.5), fit(2.0), fit(4.0), fit(9.0), fit(3.0, D=0.5)])
+def test_of_a_random_spectrum_the_tail_says_nothing(tail):
+    assert layer_verdict(tail, random_like=True) == "random-like"
+    assert layer_verdict(tail, 0, random_like=True) == "random-like"
+    assert layer_verdict(tail, 1, random_like=True) == "trapped"
+
+
+@pytest.mark.parametrize(
+    ("size", "distance"), [(0, 0.2), (8, 0.2), (18, 0.2), (31, 0.1559), (76, 0.1), (4000, 0.1)]
+)
+def test_a_long_tail_must_fit_better_than_a_short_one(size, distance):
+    assert malformed_from(size) == pytest.approx(distance, abs=1e-4)
+    assert layer_verdict(fit(3.0, D=distance - 1e-3, size=size)) == "well-trained"
+    assert layer_verdict(fit(3.0, D=distance + 1e-3, size=size)) == "malformed"
+
+
+@pytest.mark.parametrize("size", [32, 128, 512])
+def test_a_sample_of_a_power_law_is_hardly_ever_malformed(size):
+    tails = [fit_power_law(pareto(size, 2.5, seed)) for seed in range(100)]
+    assert sum(layer_verdict(tail) == "malformed" for tail in tails) <= 3
 
 
 CAUSES = [
@@ -78,6 +109,20 @@ def test_advice_names_the_layer_and_what_to_do(arguments, parts):
     assert [part for part in parts if part not in advice] == []
 
 
+@pytest.mark.parametrize(
+    ("tail", "traps", "parts"),
+    [
+        (fit(4.0), None, ["random matrix", "nothing has been learned", "alpha 4.00 says nothing"]),
+        (None, 0, ["random matrix", "train it"]),
+        (fit(1.5), 1, ["1 correlation trap", "random-like"]),
+    ],
+)
+def test_advice_on_a_random_spectrum(tail, traps, parts):
+    advice = layer_advice("fc1", tail, traps, random_like=True)
+    assert [part for part in ["layer fc1: ", *parts] if part not in advice] == []
+    assert ("alpha" in advice) == (tail is not None)
+
+
 def test_advice_on_traps_is_silent_on_a_tail_that_needs_nothing():
     assert "alpha" not in layer_advice("fc1", fit(3.0), 1, CAUSES)
     assert "alpha" not in layer_advice("fc1", None, 1, CAUSES)
@@ -90,6 +135,7 @@ def test_advice_on_traps_is_silent_on_a_tail_that_needs_nothing():
         (["critical"], "critical (1 layer)"),
         (["critical"] * 3, "critical (3 layers)"),
         (["critical", "trapped", "critical"], "mostly critical (2 of 3 layers); 1 trapped"),
+        (["random-like", "malformed"] * 2, "mostly random-like (2 of 4 layers); 2 malformed"),
         (
             ["well-trained"] * 3 + ["under-trained", "trapped", "over-trained"],
             "mostly well-trained (3 of 6 layers); 1 trapped, 1 over-trained, 1 under-trained",

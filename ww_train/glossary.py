@@ -31,10 +31,16 @@ VERDICTS = (
         "alpha below 2: the tail is heavier than theory allows for a layer that generalises; it may "
         "have memorised.",
     ),
+    Term(
+        "random-like",
+        "The spectrum is that of a random matrix: nothing has been learned yet, as before training, "
+        "and alpha says nothing.",
+    ),
     Term("under-trained", "alpha above 6: the spectrum is close to that of random weights."),
     Term(
         "malformed",
-        "No power law fits the tail (no fit, or D above 0.2): alpha says nothing about this layer.",
+        "No power law fits the tail (no fit, or D above 0.1, of a short tail 0.2): alpha says nothing "
+        "about this layer.",
     ),
     Term("well-trained", "alpha from 2 to 6: the tail holds learned correlations."),
     Term(

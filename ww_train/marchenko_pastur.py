@@ -221,3 +221,21 @@ def mp_density(x: Array, N: int, M: int, sigma: float) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         density = np.sqrt(inside) / (2 * math.pi * sigma**2 * M * x)
     return np.where(inside > 0, density, 0.0)
+
+
+def mp_distribution(x: Array, N: int, M: int) -> Array:
+    """Share of the eigenvalues of WᵀW up to `x` under the law of unit-variance entries, N >= M.
+
+    The integral of `mp_density` in closed form. With c = M / N, x over N, its edges a and b, and
+    R = sqrt((b-x)(x-a)):
+    `½ + (R + (1+c) atan((x-1-c) / R) - (1-c) atan(((1+c)x - (1-c)²) / ((1-c)R))) / 2πc`.
+    """
+    c = M / N
+    low, high = (edge / N for edge in mp_edges(N, M))
+    x = np.clip(x / N, low, high)
+    root = np.sqrt((high - x) * (x - low))
+    # not asin: near the edges it loses half of the digits, and the sum is then divided by c
+    upper = np.arctan2(x - 1.0 - c, root)
+    lower = np.arctan2((1.0 + c) * x - (1.0 - c) ** 2, (1.0 - c) * root)
+    share: Array = 0.5 + (root + (1.0 + c) * upper - (1.0 - c) * lower) / (2.0 * math.pi * c)
+    return np.clip(share, 0.0, 1.0)

@@ -21,6 +21,7 @@ from ww_train.erg import ErgTail
 from ww_train.localization import Localization
 from ww_train.marchenko_pastur import MPFit
 from ww_train.power_law import OVER_TRAINED, PowerLawFit
+from ww_train.randomness import random_like
 from ww_train.spectrum import Spectrum
 from ww_train.trap_causes import TrapCause
 from ww_train.traps import TrapAverage, Traps
@@ -109,19 +110,30 @@ class LayerReport:
             notes.append(f"poor fit (D {self.fit.D:.2f})")
         return "; ".join(note for note in notes if note)
 
+    @cached_property
+    def random_like(self) -> bool:
+        """Whether the spectrum is that of a random matrix; see `ww_train.randomness`."""
+        return random_like(self.spectrum)
+
     @property
     def verdict(self) -> Verdict:
-        """One word: trapped, over-trained, under-trained, malformed, well-trained or critical.
+        """One word, one of `ww_train.verdicts.WORST_FIRST`.
 
-        A layer is trapped if it has correlation traps, malformed if its tail is no power law; see
-        `ww_train.verdicts`.
+        A layer is trapped if it has correlation traps, random-like if its spectrum is that of a
+        random matrix, malformed if its tail is no power law; otherwise alpha decides.
         """
-        return layer_verdict(self.fit, self.num_traps)
+        return layer_verdict(self.fit, self.num_traps, random_like=self.random_like)
 
     @property
     def advice(self) -> str:
         """What the verdict means and what to do, in one line that names the layer."""
-        return layer_advice(self.name, self.fit, self.num_traps, self.trap_causes)
+        return layer_advice(
+            self.name,
+            self.fit,
+            self.num_traps,
+            self.trap_causes,
+            random_like=self.random_like,
+        )
 
     def to_dict(self) -> Row:
         """The layer as one row with WeightWatcher's column names; optional columns if measured."""

@@ -27,6 +27,7 @@ STYLES: Mapping[str, str] = {
     "over-trained": "red",
     "critical": "bold green",
     "well-trained": "green",
+    "random-like": "cyan",
     "under-trained": "yellow",
     "malformed": "magenta",
 }

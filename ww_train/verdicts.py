@@ -2,25 +2,34 @@
 
 The bounds are those of the field: alpha below 2 is over-fitted, near 2 ideal, 2 to 6 fine, above 6
 hardly more than noise (Martin, Peng and Mahoney, Nature Communications 12 (2021) 4122); a correlation
-trap is a sign of a learning rate that is too high (Martin and Hinrichs, SETOL, 2025).
+trap is a sign of a learning rate that is too high (Martin and Hinrichs, SETOL, 2025). Of a layer whose
+spectrum is that of a random matrix alpha says nothing: the tail of noise reads as anything above 2.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from ww_train.power_law import OVER_TRAINED, UNDER_TRAINED, PowerLawFit
+from ww_train.power_law import KS_MEDIAN, OVER_TRAINED, UNDER_TRAINED, PowerLawFit
 from ww_train.trap_causes import TrapCause
 
 Verdict: TypeAlias = Literal[
-    "trapped", "over-trained", "under-trained", "malformed", "well-trained", "critical"
+    "trapped",
+    "over-trained",
+    "random-like",
+    "under-trained",
+    "malformed",
+    "well-trained",
+    "critical",
 ]
 
 WORST_FIRST: tuple[Verdict, ...] = (
     "trapped",
     "over-trained",
+    "random-like",
     "under-trained",
     "malformed",
     "well-trained",
@@ -34,16 +43,31 @@ FINE: tuple[Verdict, ...] = ("well-trained", "critical")
 CRITICAL_WIDTH = 0.1
 """Half-width of "critical" around alpha = 2: the standard error of alpha with 100 eigenvalues."""
 
-MALFORMED = 0.2
-"""With a larger Kolmogorov-Smirnov distance the tail is none, and alpha says nothing."""
+MALFORMED = 0.1, 0.2
+"""The Kolmogorov-Smirnov distance from which on a tail is none, of a long and of a short one.
+
+A Marchenko-Pastur bulk that is taken for a tail is 0.12 to 0.16 away, as few trained layers are; see
+`malformed_from`.
+"""
 
 NAMED_CAUSES = 3
 """How many causes of traps an advice names."""
 
 
+def malformed_from(num_pl_spikes: int) -> float:
+    """Distance above which a tail of so many eigenvalues is no power law, and alpha says nothing.
+
+    Of samples from a power law one in a hundred comes out farther than `KS_MEDIAN / sqrt(n)` from
+    its fit; kept within `MALFORMED`, because no trained spectrum is a power law that exactly, and a
+    tail of a dozen is too short to tell.
+    """
+    low, high = MALFORMED
+    return min(high, max(low, KS_MEDIAN / math.sqrt(max(num_pl_spikes, 1))))
+
+
 def alpha_verdict(fit: PowerLawFit | None) -> Verdict:
     """What the tail alone says: malformed if there is no power law, else by alpha."""
-    if not fit or fit.D > MALFORMED:
+    if fit is None or malformed_from(fit.num_pl_spikes) < fit.D:
         return "malformed"
     if abs(fit.alpha - OVER_TRAINED) <= CRITICAL_WIDTH:
         return "critical"
@@ -52,14 +76,21 @@ def alpha_verdict(fit: PowerLawFit | None) -> Verdict:
     return "under-trained" if fit.alpha > UNDER_TRAINED else "well-trained"
 
 
-def layer_verdict(fit: PowerLawFit | None, num_traps: int | None = None) -> Verdict:
-    """One word for a layer: "trapped" if it has traps, else what its tail says.
+def layer_verdict(
+    fit: PowerLawFit | None, num_traps: int | None = None, *, random_like: bool = False
+) -> Verdict:
+    """One word for a layer: "trapped" if it has traps, "random-like", else what its tail says.
 
     A layer can be both trapped and, say, over-trained. Traps come first because they are entries that
     can be named, and because they bend the tail from which alpha is read: a layer with one giant
     entry is malformed as well. `layer_advice` speaks of both.
+
+    Args:
+        fit: Power law of the tail; None if there is none.
+        num_traps: Number of correlation traps, if they were counted.
+        random_like: Whether the spectrum is that of a random matrix; see `ww_train.randomness`.
     """
-    return "trapped" if num_traps else alpha_verdict(fit)
+    return "trapped" if num_traps else _untrapped(fit, random_like)
 
 
 def layer_advice(
@@ -67,12 +98,14 @@ def layer_advice(
     fit: PowerLawFit | None,
     num_traps: int | None = None,
     causes: Sequence[TrapCause] = (),
+    *,
+    random_like: bool = False,
 ) -> str:
     """What is wrong with a layer, if anything, and what to do, as one line that names it."""
     parts = [_about_traps(num_traps, causes)] if num_traps else []
-    told = alpha_verdict(fit)
+    told = _untrapped(fit, random_like)
     # with traps the tail's own verdict is worth a word only if there is something to do
-    if not parts or told in ("over-trained", "under-trained"):
+    if not parts or told in ("over-trained", "random-like", "under-trained"):
         parts.append(_about_alpha(told, fit))
     return f"layer {name}: " + "; ".join(parts)
 
@@ -91,6 +124,10 @@ def model_verdict(verdicts: Sequence[str]) -> str:
     return f"mostly {most} ({counts[most]} of {_layers(len(verdicts))}); {others}"
 
 
+def _untrapped(fit: PowerLawFit | None, random_like: bool) -> Verdict:
+    return "random-like" if random_like else alpha_verdict(fit)
+
+
 def _layers(number: int) -> str:
     return "1 layer" if number == 1 else f"{number} layers"
 
@@ -107,6 +144,12 @@ def _about_traps(number: int, causes: Sequence[TrapCause]) -> str:
 
 
 def _about_alpha(verdict: Verdict, fit: PowerLawFit | None) -> str:
+    if verdict == "random-like":
+        meaningless = f", and alpha {fit.alpha:.2f} says nothing" if fit else ""
+        return (
+            "random-like: its spectrum is that of a random matrix, nothing has been learned yet"
+            f"{meaningless}: train it, and if it was trained, see whether gradients reach it"
+        )
     if fit is None:
         return "no power law in its spectrum, so that alpha says nothing"
     alpha = f"alpha {fit.alpha:.2f}"
