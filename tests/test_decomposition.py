@@ -96,21 +96,9 @@ def test_stopping_early_takes_everything_down(threads):
     assert torch.get_num_threads() == threads
 
 
-def test_an_accelerator_gets_batches_of_one_size(monkeypatch):
-    # the bookkeeping of batches, on the only device here: three sizes, a budget of two matrices
-    monkeypatch.setattr(decomposition, "BATCH_BYTES", 2 * 8 * 12 * 12)
-    stacks = [stack_of(1, 30, M, seed=i) for i, M in enumerate((12, 9, 12, 12, 9, 5))]
-    results = dict(decomposition._batched([job(s) for s in stacks], list(range(6))))
-    for i, stack in enumerate(stacks):
-        alone = gram_eigenvalues(stack)
-        np.testing.assert_allclose(results[i][0].numpy(), alone.numpy(), rtol=1e-12, atol=1e-13)
-
-
 def test_a_job_without_stacks_has_no_eigenvalues():
     empty = Job(list, 12, torch.device("cpu"))
     assert list(decompose([empty])) == [(0, [])]
-    assert next(decomposition._batched([empty, job(stack_of(1, 30, 12))], [0, 1])) == (0, [])
-    assert list(decomposition._batched([empty], [0])) == [(0, [])]
 
 
 def test_an_error_in_one_layer_reaches_the_caller_and_restores_the_threads(threads):

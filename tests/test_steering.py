@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import re
 import threading
 
@@ -515,3 +516,29 @@ def test_a_pattern_must_match_a_layer():
 def test_it_takes_a_module(model):
     with pytest.raises(TypeError, match=r"expected an nn\.Module, got"):
         project_(model)
+
+
+def test_a_device_without_float64_gets_the_weights_of_a_copy(monkeypatch):
+    models = [layers((24, 32), (40, 24)) for _ in range(2)]
+    project_all_(tasks_of(models[0]), 0.5)
+    # there is no such device here: the first look at each layer finds none, that at its copy does
+    answers, copies = iter([False, True] * 2), []
+
+    def to(matrix, device):
+        copies.append(device)
+        return dataclasses.replace(matrix, weights=matrix.stack.clone(), parameter=None)
+
+    monkeypatch.setattr(tasks_room, "has_float64", lambda device: next(answers))
+    monkeypatch.setattr(WeightMatrix, "to", to)
+    changed = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        done = project_all_(tasks_of(models[1]), 0.5, lambda matrix, _: changed.append(matrix))
+    finally:
+        torch.set_num_threads(before)
+    assert all(isinstance(result, Projected) for result in done)
+    assert copies == [torch.device("cpu")] * 2
+    assert same(*models)
+    owners = [matrix.parameter for matrix in changed]
+    assert [id(p) for p in owners] == [id(p) for p in models[1].parameters()]

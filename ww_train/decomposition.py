@@ -8,15 +8,13 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ww_train.linalg import Eigensolver, gram, gram_eigenvalues, symmetric_eigenvalues
-
-BATCH_BYTES = 1 << 28
-"""Gram matrices on an accelerator that may wait for others of their size."""
+from ww_train.batching import Bucket, Choose, Solved, warn_once
+from ww_train.calibration import costs_of
+from ww_train.linalg import Eigensolver, gram_eigenvalues
 
 LOAD_BYTES = 1 << 28
 """Weights of small layers that may be in memory at a time, where they are loaded as they are needed."""
@@ -52,10 +50,6 @@ class Job:
     release: Callable[[], object] = bool
     nbytes: int = 0
     collective: bool = False
-
-
-Solved: TypeAlias = "tuple[int, list[Tensor]]"
-"""Position of a job, and the eigenvalues `(rf, M)` of each of its stacks, in host memory."""
 
 
 def decompose(
@@ -94,7 +88,7 @@ def decompose(
     for device in dict.fromkeys(job.device for job in jobs if job.device.type != "cpu"):
         chosen = [i for i, job in enumerate(jobs) if job.device == device]
         if solver is gram_eigenvalues:
-            yield from _batched(jobs, chosen)
+            yield from _batched(jobs, chosen, device, costs_of(device).fastest)
         else:
             for i in chosen:
                 jobs[i].load()
@@ -170,20 +164,20 @@ def _on_all_cores(
         reader.shutdown(cancel_futures=True)
 
 
-def _batched(jobs: Sequence[Job], chosen: list[int]) -> Iterator[Solved]:
+def _batched(
+    jobs: Sequence[Job], chosen: list[int], device: torch.device, choose: Choose
+) -> Iterator[Solved]:
     """Decompose the Gram matrices of equal size together, at most `BATCH_BYTES` at a time."""
     by_size: dict[int, list[int]] = {}
     for i in chosen:
         by_size.setdefault(jobs[i].M, []).append(i)
+    warn = warn_once(device)
     for indices in by_size.values():
-        waiting: list[tuple[int, list[Tensor]]] = []
+        bucket = Bucket(device, choose, warn)
         for i in indices:
             jobs[i].load()
-            waiting.append((i, [gram(stack) for stack in jobs[i].stacks()]))
+            yield from bucket.add(i, jobs[i].stacks())
             jobs[i].release()
-            grams = [g for _, own in waiting for g in own]
-            if i == indices[-1] or sum(g.nbytes for g in grams) >= BATCH_BYTES:
-                evals = symmetric_eigenvalues(torch.cat(grams)).cpu() if grams else torch.empty(0)
-                parts = iter(torch.split(evals, [len(g) for g in grams]))
-                yield from ((owner, [next(parts) for _ in own]) for owner, own in waiting)
-                waiting = []
+            if bucket.full:
+                yield from bucket.solve()
+        yield from bucket.solve()

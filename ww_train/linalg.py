@@ -20,6 +20,15 @@ Eigensolver: TypeAlias = Callable[[Tensor], Tensor]
 """From a stack `(rf, rows, cols)` to its eigenvalues `(rf, M)`, ascending, float64."""
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; Apple's GPUs do not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def gram(stack: Tensor, scale: float = 1.0) -> Tensor:
     """Gram matrices of the shorter side in float64.
 
@@ -79,7 +88,9 @@ def symmetric_eigenvalues(grams: Tensor) -> Tensor:
     grams = torch.where(finite[:, None, None], grams, 0.0)
     try:
         evals: Tensor = torch.linalg.eigvalsh(grams)
-    except RuntimeError:  # no convergence, or no memory
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # no convergence
         evals = _one_by_one(grams)
     return evals.clamp_min_(0.0).masked_fill_(~finite[:, None], torch.nan)
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ww_train.decomposition import Job
+from ww_train.linalg import has_float64
 from ww_train.selection import Layers, select
 from ww_train.spectrum import Array, Spectrum
 from ww_train.traps import shuffle
 from ww_train.weights.adapters import SUFFIX
 from ww_train.weights.matrices import Skipped, Source, WeightMatrix, delta, slices, weight_matrices
-from ww_train.weights.stored import CheckpointError, Deferred
+from ww_train.weights.stored import CPU, CheckpointError, Deferred
 
 
 class Plan:
@@ -168,6 +169,8 @@ def plan_layer(
         return Skipped(name, f"{num} eigenvalues, more than max_evals={max_evals}")
     if max_N is not None and max_N < matrix.N:
         return Skipped(name, f"N = {matrix.N}, more than max_N={max_N}")
+    if not has_float64(matrix.device):
+        matrix = matrix.to(CPU)
     if base is None:
         return Plan(layer_id, matrix, None)
     partner = base.get(name)

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ww_train.analysis import measure
 from ww_train.report import Report
 from ww_train.weights.matrices import (
-    Deferred,
     Skipped,
     Source,
-    WeightMatrix,
     merge,
     reasons,
     weight_matrices,
@@ -68,7 +64,8 @@ def source(path: str, device: torch.device | None, adapter: str | None = None) -
         adapter: A LoRA adapter to merge into it.
     """
     found = merge(path, adapter) if adapter else weight_matrices(path)
-    return list(_on_device(found, own_device(device)))
+    home = own_device(device)
+    return [layer if isinstance(layer, Skipped) else layer.to(home) for layer in found]
 
 
 def measured(args: Namespace) -> Report:
@@ -115,26 +112,3 @@ def _sample(*, mp_fit: bool = False, randomize: bool = False) -> pd.DataFrame:
     """What the table of any model looks like that is measured with these options."""
     noise = torch.randn(32, 24, generator=torch.Generator().manual_seed(0))
     return measure(noise, mp_fit=mp_fit, randomize=randomize).to_dataframe()
-
-
-def _on_device(
-    found: Iterable[WeightMatrix | Skipped], device: torch.device
-) -> Iterator[WeightMatrix | Skipped]:
-    """The same layers; each moves to the device when its turn comes."""
-    for matrix in found:
-        if isinstance(matrix, Skipped) or matrix.device == device:
-            yield matrix
-        else:
-            yield replace(matrix, weights=_moved(matrix.weights, device), parameter=None)
-
-
-def _moved(weights: Tensor | Deferred, device: torch.device) -> Tensor | Deferred:
-    if isinstance(weights, Tensor):
-        return weights.to(device)
-    load, core = weights.load, weights.core
-    return replace(
-        weights,
-        device=device,
-        load=lambda: load().to(device),
-        core=None if core is None else lambda: core().to(device),
-    )

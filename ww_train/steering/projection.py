@@ -202,7 +202,7 @@ def _scaling(vectors: Tensor, factors: Array, rest: float) -> Operator:
     change = torch.from_numpy(factors[:, None, other] - rest).to(vectors.device)
 
     def operator(stack: Tensor) -> Tensor:
-        stack = stack.to(torch.float64)
+        stack = stack.to(vectors.device).to(torch.float64)
         tall = stack if stack.shape[1] >= stack.shape[2] else stack.mT
         moved = torch.baddbmm(tall, (tall @ chosen).mul_(change), chosen.mT, beta=rest)
         return moved if tall is stack else moved.mT

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ww_train.decomposition import BATCH_BYTES, LARGE, one_core_each
-from ww_train.linalg import gram
+from ww_train.batching import BATCH_BYTES
+from ww_train.decomposition import LARGE, one_core_each
+from ww_train.linalg import gram, has_float64
 from ww_train.selection import Pattern, select
 from ww_train.steering.manifold_projection import ManifoldProjection
 from ww_train.steering.projection import (
@@ -24,6 +25,7 @@ from ww_train.steering.projection import (
 from ww_train.steering.schedules import check_strength
 from ww_train.steering.targets import Choice, chosen, projection_targets
 from ww_train.weights.matrices import NOT_FINITE, Skipped, WeightMatrix, reasons
+from ww_train.weights.stored import CPU
 
 Projections: TypeAlias = "Projection | Mapping[Pattern, Projection]"
 """One projection for all layers, or by pattern: the first that matches a layer's name."""
@@ -89,7 +91,8 @@ def project_all_(tasks: Sequence[Task], strength: float, then: Then | None = Non
     """Project each matrix; one that fails is `Failed` and leaves the others alone.
 
     On the CPU small layers are spread over the cores, on an accelerator the Gram matrices of one
-    size are decomposed as a batch; projections that are not spectral go one after another.
+    size are decomposed as a batch; projections that are not spectral go one after another. On a
+    device without float64 a copy on the CPU is projected and written back.
     """
     results: dict[int, Outcome] = {}
     spectral = [i for i, t in enumerate(tasks) if isinstance(t.projection, SpectralProjection)]
@@ -99,7 +102,8 @@ def project_all_(tasks: Sequence[Task], strength: float, then: Then | None = Non
         with one_core_each() as pool:
             done = pool.map(lambda i: _project(tasks[i], strength, then), small)
             results.update(zip(small, done, strict=True))
-    for batch in _batches(tasks, sorted(set(spectral) - set(on_cpu))):
+    elsewhere = [i for i in spectral if i not in on_cpu and has_float64(tasks[i].matrix.device)]
+    for batch in _batches(tasks, elsewhere):
         outcomes = _project_batch([tasks[i] for i in batch], strength, then)
         results.update(zip(batch, outcomes, strict=True))
     for i, task in enumerate(tasks):
@@ -110,10 +114,26 @@ def project_all_(tasks: Sequence[Task], strength: float, then: Then | None = Non
 
 def _project(task: Task, strength: float, then: Then | None) -> Outcome:
     matrix, projection = task.matrix, task.projection
+    if not has_float64(matrix.device):
+        return _project_on_host(task, strength, then)
     if then is None or not isinstance(projection, SpectralProjection):
         return _guarded(matrix, lambda: projection.project_(matrix, strength))
     after = partial(then, matrix)
     return _guarded(matrix, lambda: projection.project_(matrix, strength, then=after))
+
+
+def _project_on_host(task: Task, strength: float, then: Then | None) -> Outcome:
+    """For a device without float64: project a copy on the CPU, and write it back."""
+    here = replace(task, matrix=task.matrix.to(CPU))
+    of_original = None if then is None else lambda _copy, operator: then(task.matrix, operator)
+
+    def step() -> Outcome:
+        outcome = _project(here, strength, of_original)
+        if isinstance(outcome, Projected):
+            task.matrix.stack.copy_(here.matrix.stack)
+        return outcome
+
+    return _guarded(task.matrix, step)
 
 
 @torch.no_grad()  # a property of the thread

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -93,6 +93,17 @@ class Deferred:
     rank: int | None = None
     core: Callable[[], Tensor] | None = None
     view: Tensor | None = None
+
+    def to(self, device: torch.device) -> Deferred:
+        """The same, moved to a device when it is in memory."""
+        load, core = self.load, self.core
+        return replace(
+            self,
+            device=device,
+            load=lambda: load().to(device),
+            core=None if core is None else lambda: core().to(device),
+            view=None,
+        )
 
 
 def open_binary(path: Path) -> BinaryIO:

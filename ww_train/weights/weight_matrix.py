@@ -65,6 +65,12 @@ class WeightMatrix:
         """The same with the weights in memory."""
         return replace(self, weights=self.stack) if self.deferred else self
 
+    def to(self, device: torch.device) -> WeightMatrix:
+        """The same on another device, a copy; what is not in memory yet moves when it is."""
+        if self.device == device:
+            return self
+        return replace(self, weights=self.weights.to(device), parameter=None)
+
     @property
     def deferred(self) -> bool:
         """Whether the weights are not in memory."""

@@ -1,0 +1,122 @@
+"""Eigenvalues on an accelerator: the Gram matrices of one size together, within its memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ww_train.costs import Route
+from ww_train.linalg import gram, symmetric_eigenvalues
+
+BATCH_BYTES = 1 << 28
+"""Gram matrices that may wait for others of their size."""
+
+Choose: TypeAlias = Callable[[int, int], Route]
+"""The fastest way for matrices of a size, given how many there are together."""
+
+Solved: TypeAlias = "tuple[int, list[Tensor]]"
+"""Position of a layer, and the eigenvalues `(rf, M)` of each of its stacks, in host memory."""
+
+
+class Bucket:
+    """Gram matrices of one size that are decomposed together, and to which layers they belong.
+
+    Where the device's memory does not suffice, fewer are taken at a time, and in the end the host.
+
+    Args:
+        device: Where the matrices are.
+        choose: Which way to take.
+        warn: Called where memory did not suffice.
+    """
+
+    def __init__(self, device: torch.device, choose: Choose, warn: Callable[[], object]) -> None:
+        self._device = device
+        self._choose = choose
+        self._warn = warn
+        self._waiting: list[tuple[int, list[Tensor]]] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether no more should wait."""
+        return sum(g.nbytes for g in self._grams()) >= BATCH_BYTES
+
+    def add(self, owner: int, stacks: Iterable[Tensor]) -> Iterator[Solved]:
+        """Add a layer's stacks; gives what had to be solved to make room.
+
+        Cost: no synchronisation, unless memory does not suffice.
+        """
+        own: list[Tensor] = []
+        for stack in stacks:
+            try:
+                own.append(gram(stack))
+            except torch.OutOfMemoryError:
+                self._warn()
+                yield from self.solve()
+                own = [g.cpu() for g in own]
+                own.append(gram(stack.cpu()))
+        self._waiting.append((owner, own))
+
+    def solve(self) -> Iterator[Solved]:
+        """The eigenvalues of all that wait, in host memory.
+
+        Cost: one copy to the host and, by the check of the solver's result, one synchronisation for
+        each batch.
+        """
+        waiting, self._waiting = self._waiting, []
+        owned = [(owner, [len(g) for g in own]) for owner, own in waiting]
+        grams = [g for _, own in waiting for g in own]
+        del waiting
+        parts = iter(self._solved(grams))
+        for owner, sizes in owned:
+            yield owner, [next(parts) for _ in sizes]
+
+    def _grams(self) -> list[Tensor]:
+        return [g for _, own in self._waiting for g in own]
+
+    def _solved(self, grams: list[Tensor]) -> list[Tensor]:
+        """Eigenvalues of each stack of Gram matrices, those on the device and those on the host."""
+        evals: dict[int, Tensor] = {}
+        for device in dict.fromkeys(g.device for g in grams):
+            chosen = [i for i, g in enumerate(grams) if g.device == device]
+            sizes = [len(grams[i]) for i in chosen]
+            parts = torch.split(self._batch([grams[i] for i in chosen]), sizes)
+            evals |= dict(zip(chosen, parts, strict=True))
+        return [evals[i] for i in range(len(grams))]
+
+    def _batch(self, grams: list[Tensor]) -> Tensor:
+        number, n = sum(len(g) for g in grams), grams[0].shape[-1]
+        # what is on the host already is there for lack of memory
+        route = self._choose(n, number) if grams[0].device == self._device else "looped"
+        if route == "host":
+            grams = [g.cpu() for g in grams]
+        try:
+            if route == "batched":
+                return symmetric_eigenvalues(torch.cat(grams)).cpu()
+            return torch.cat([symmetric_eigenvalues(m[None]) for g in grams for m in g]).cpu()
+        except torch.OutOfMemoryError:
+            self._warn()
+        if number == 1:
+            return symmetric_eigenvalues(grams[0].cpu())
+        if len(grams) == 1:
+            grams = list(torch.split(grams[0], 1))
+        middle = len(grams) // 2
+        return torch.cat([self._batch(grams[:middle]), self._batch(grams[middle:])])
+
+
+def warn_once(device: torch.device) -> Callable[[], None]:
+    """A warning of `device` that is given at its first call only."""
+    given: list[bool] = []
+
+    def warn() -> None:
+        if not given:
+            given.append(True)
+            warnings.warn(
+                f"the memory of {device} does not suffice: fewer layers at a time, or the CPU",
+                stacklevel=2,
+            )
+
+    return warn
