@@ -14,13 +14,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from claims import skip, verdict
 from torch import Tensor, nn
 
 from ww_train import WWPGD, Report, measure
+from ww_train.calibration import calibrate
 from ww_train.callbacks.monitor import SpectralMonitor
 from ww_train.linalg import gram, symmetric_eigenvalues
 from ww_train.steering.tasks import Task, project_all_
@@ -106,7 +109,7 @@ def projections(device: str, small: bool) -> None:
     """One boundary of `WWPGD` on the same shapes."""
     for name, shapes, dtype in (
         ("GPT-2 124M", GPT2 * (1 if small else 12), torch.float32),
-        ("one block of a 7B model", [] if small else LLAMA_7B, torch.bfloat16),
+        ("a 7B model", [] if small else LLAMA_7B * 32, torch.bfloat16),
     ):
         model = nn.ModuleList(
             nn.Linear(cols, rows, bias=False, device=device, dtype=dtype) for rows, cols in shapes
@@ -115,20 +118,20 @@ def projections(device: str, small: bool) -> None:
             continue
         optimizer = WWPGD(torch.optim.SGD(model.parameters()), model=model, strict=True)
         tasks = [task for task in optimizer.targets() if isinstance(task, Task)]
-        taken = seconds(lambda tasks=tasks: project_all_(tasks, 0.5), device, repeats=2)
+        taken = seconds(lambda tasks=tasks: project_all_(tasks, 0.5), device, repeats=1)
         print(f"projection of {name}: {taken:.2f} s for {len(tasks)} layers")
 
 
 def overhead(device: str, small: bool) -> None:
-    """Steps of a small transformer with the monitor (default budget) and without."""
+    """Steps of a transformer without a monitor, with the default one, and in the background."""
     width, blocks, steps = (128, 2, 60) if small else (1024, 12, 600)
 
-    def run(watch: bool) -> float:
+    def run(**options: Any) -> tuple[float, list[Tensor], int]:
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(width, 8, 4 * width, batch_first=True, dropout=0.0)
         model = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        monitor = SpectralMonitor(model, optimizer)
+        monitor = SpectralMonitor(model, optimizer, summary=False, **options) if options else None
         x = torch.randn(16, 128, width, device=device)
         synchronize(device)
         started = time.perf_counter()
@@ -136,14 +139,67 @@ def overhead(device: str, small: bool) -> None:
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
-            if watch and step % (steps // 6) == 0:
+            if monitor:
+                monitor.step()
+            if monitor and step % (steps // 6) == 0:
                 monitor.epoch_end()
         synchronize(device)
-        return time.perf_counter() - started
+        taken = time.perf_counter() - started
+        measured = len(monitor.history) if monitor else 0
+        if monitor:
+            monitor.abort()
+        return taken, [p.detach().cpu() for p in model.parameters()], measured
 
-    run(False)
-    off, on = run(False), run(True)
-    verdict("monitor's overhead at most 1 %", on / off - 1 <= 0.01, f"{100 * (on / off - 1):.1f} %")
+    run()
+    bare, weights_without, _ = run()
+    for name, options in (
+        ("monitor with the default budget", {"budget": 0.01}),
+        (
+            "monitor in the background, everything at six epochs",
+            {"background": True, "budget": None},
+        ),
+    ):
+        taken, weights_with, measured = run(**options)
+        share = taken / bare - 1
+        verdict(f"{name}: overhead at most 1 %", share <= 0.01, f"{share:.1%}, {measured} records")
+        same = all(torch.equal(a, b) for a, b in zip(weights_without, weights_with, strict=True))
+        verdict(f"{name}: the same weights, bit for bit", same, f"{len(weights_with)} parameters")
+
+
+def shortage(device: str, small: bool) -> None:
+    """Too little memory: smaller batches, then the host, one warning, the same numbers."""
+    if not device.startswith("cuda"):
+        print("SKIP  what happens without memory can be tried on a CUDA device only")
+        return
+    state = weights([(1024, 1024)] * (4 if small else 24), torch.float32, device)
+    expected = measure(state)
+    torch.cuda.empty_cache()
+    used = torch.cuda.memory_allocated() + (48 << 20)
+    torch.cuda.set_per_process_memory_fraction(used / torch.cuda.mem_get_info()[1])
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            short = measure(state)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    worst, where = largest_difference(expected, short)
+    told = f"{worst:.1e} {where}, {len(caught)} warnings"
+    verdict(
+        "short of memory: the same numbers, one warning", worst < 1e-6 and len(caught) == 1, told
+    )
+
+
+def ways(device: str, small: bool) -> None:
+    """What the calibration measured and chooses; a peek at what is cached on disk."""
+    costs = calibrate(device)
+    print(
+        f"{costs.machine}\n{'M':>6}{'alone ms':>10}{'in batch':>10}{'on host':>10}  chosen for 32"
+    )
+    for n in (64, 128, 256, 512) if small else (64, 128, 256, 512, 1024, 2048, 4096):
+        times = "".join(
+            f"{1e3 * curve(n):10.2f}" for curve in (costs.looped, costs.batched, costs.host)
+        )
+        print(f"{n:6d}{times}  {costs.fastest(n, 32)}")
 
 
 def kernels(device: str, small: bool, peak: tuple[float, float] | None) -> None:
@@ -197,7 +253,7 @@ def main() -> None:
     known = next((limits for key, limits in PEAKS.items() if key in name), None)
     peak = (args.peak_flops, 0.0) if args.peak_flops else known
     print(f"{name}, torch {torch.__version__}\n")
-    for part in (correctness, reports, projections, overhead, peer_ratio):
+    for part in (ways, correctness, shortage, reports, projections, overhead, peer_ratio):
         part(args.device, args.small)
     kernels(args.device, args.small, peak)
 

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from ww_train import Report
 from ww_train.callbacks.monitor import SpectralMonitor
-from ww_train.callbacks.survey import Survey
+from ww_train.callbacks.survey import Survey, Taken
 
 
 def train_epoch(
@@ -80,11 +79,10 @@ class Timed(Survey):
 
     seconds = 0.0
 
-    def take(self, *args: object, **options: object) -> Report | None:
-        started = time.perf_counter()
-        report = super().take(*args, **options)
-        self.seconds = time.perf_counter() - started
-        return report
+    def take(self, *args: object, **options: object) -> Taken | None:
+        taken = super().take(*args, **options)
+        self.seconds = taken.seconds if taken else 0.0
+        return taken
 
 
 def logging_cost(layers: int, *, epochs: int) -> float:

@@ -368,3 +368,25 @@ def test_a_thread_that_fails_in_one_process_leaves_none_waiting(pair):
     (zero, *_), (one, *_) = pair(watched_by_two, False, True)
     assert zero == one
     assert zero[-1][0] == 30
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_copies_are_measured_on_a_stream_beside_training():
+    models = [deep().cuda() for _ in range(2)]
+    opts = [adamw(model) for model in models]
+    truth = {}
+    monitor = watch(models[1], opts[1], at_start=False)
+    for epoch in range(1, 4):
+        for model, opt in zip(models, opts, strict=True):
+            for i in range(3):
+                opt.zero_grad()
+                batch = gaussian(8, 24, seed=3 * epoch + i).cuda()
+                (model(batch) - batch.flip(1)).square().mean().backward()
+                opt.step()
+        monitor.epoch_end()
+        truth[epoch] = expected(models[1])
+        monitor.settle()
+    monitor.close()
+    assert same(*models)
+    for record in monitor.history:
+        assert of_layers(record) == pytest.approx(truth[record["step"]], rel=1e-9)
