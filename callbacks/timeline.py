@@ -120,10 +120,11 @@ class Timeline:
 def alarm(layer: LayerReport) -> Literal["trapped", "over-trained", ""]:
     """What of a layer calls for action beyond chance, or "".
 
-    Traps must have a cause: one shuffle in a hundred shows one without. Alpha must be below 2 by
-    three of its standard errors, which ignore the choice of xmin: that of a small layer scatters.
+    Traps must have an entry as their cause: one shuffle in a hundred shows one without any, and a
+    mean that is not quite zero belongs to ordinary training. Alpha must be below 2 by three of its
+    standard errors, which ignore the choice of xmin: that of a small layer scatters.
     """
-    if layer.num_traps and layer.trap_causes:
+    if layer.num_traps and any(cause.kind == "entry" for cause in layer.trap_causes):
         return "trapped"
     fit = layer.fit
     if fit and layer.verdict == "over-trained" and fit.alpha + 3.0 * fit.sigma < OVER_TRAINED:

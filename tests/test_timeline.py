@@ -121,6 +121,8 @@ def test_traps_without_a_cause_are_no_alarm():
     trapped = report("a", a=spiked())["a"]
     assert alarm(trapped) == "trapped"
     assert alarm(replace(trapped, trap_causes=())) == ""
+    mean = replace(trapped.trap_causes[0], kind="mean", row=None, column=None)
+    assert alarm(replace(trapped, trap_causes=(mean,))) == ""
     clean = report("a")["a"]
     assert alarms_of(clean, trapped, trapped) == [0, 0, 1]
 

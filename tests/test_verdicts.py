@@ -85,6 +85,7 @@ CAUSES = [
     TrapCause("entry", 0, row, 4, 2.5, 9.0, 80.0)
     for row in range(5)
 ]  # fmt: skip
+MEAN = TrapCause("mean", 0, None, None, 0.003, 9.0, 80.0)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,8 @@ CAUSES = [
         ((fit(3.0, D=0.4),), ["D 0.40", "alpha 3.00 says nothing"]),
         ((fit(3.0), 1, CAUSES[:1]), ["1 correlation trap (entry (0, 4) = 2.5)", "clip gradients"]),
         ((fit(3.0), 5, CAUSES), ["5 correlation traps", "entry (2, 4) = 2.5 and 2 more"]),
+        ((fit(3.0), 1, [MEAN]), ["1 correlation trap (mean = 0.003)", "lean to one side"]),
+        ((fit(3.0), 2, [MEAN, *CAUSES]), ["mean = 0.003", "clip gradients"]),
         ((fit(3.0), 2), ["2 correlation traps that no single weight makes"]),
         ((fit(1.5), 1, CAUSES[:1]), ["correlation trap", "alpha 1.50 is below 2"]),
     ],

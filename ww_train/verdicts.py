@@ -138,9 +138,11 @@ def _about_traps(number: int, causes: Sequence[TrapCause]) -> str:
         return f"{traps} that no single weight makes: watch whether it lasts"
     named = ", ".join(str(cause) for cause in causes[:NAMED_CAUSES])
     more = f" and {len(causes) - NAMED_CAUSES} more" if len(causes) > NAMED_CAUSES else ""
-    return (
-        f"{traps} ({named}{more}): lower its learning rate or clip gradients, look at these weights"
-    )
+    if all(cause.kind == "mean" for cause in causes):
+        todo = "its weights lean to one side, as is common under ReLU: watch whether that grows"
+    else:
+        todo = "lower its learning rate or clip gradients, look at these weights"
+    return f"{traps} ({named}{more}): {todo}"
 
 
 def _about_alpha(verdict: Verdict, fit: PowerLawFit | None) -> str:
