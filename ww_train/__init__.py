@@ -15,6 +15,7 @@ from ww_train.steering.schedules import Cosine, Ramp
 from ww_train.steering.tail_projection import TailProjection
 from ww_train.steering.tasks import project_
 from ww_train.steering.trap_projection import TrapProjection
+from ww_train.tracking import AlphaTracker
 from ww_train.truncated import TruncatedPowerLaw
 from ww_train.weights.matrices import CheckpointError, Skipped, WeightMatrix, merge, weight_matrices
 from ww_train.weightwatcher import WeightWatcher
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "WWPGD",
+    "AlphaTracker",
     "CheckpointError",
     "ClipXmax",
     "Cosine",
