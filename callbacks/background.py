@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
 
 from ww_train import Report, Skipped, measure
 from ww_train.ranks import deal
@@ -20,7 +19,7 @@ from ww_train.weights.matrices import WeightMatrix, weight_matrices
 
 from .budget import Budget, Candidate
 from .sharing import Ranks
-from .survey import Moment, Survey, Taken, joined, work_of
+from .survey import Moment, Occasion, Survey, Taken, joined, work_of
 from .timeline import Timeline
 
 COPY_BYTES = 1 << 30
@@ -48,31 +47,18 @@ class BackgroundSurvey(Survey):
         """Whether `take` has something to do though nothing is due."""
         return self._lot.done if self._lot else bool(self._wanted)
 
-    def take(
-        self,
-        model: nn.Module,
-        moment: Moment,
-        *,
-        timeline: Timeline,
-        budget: Budget,
-        ranks: Ranks,
-        known: Mapping[str, Spectrum],
-        due: bool,
-        last: bool = False,
-    ) -> Taken | None:
+    def take(self, occasion: Occasion, timeline: Timeline, budget: Budget) -> Taken | None:
         """Copy what the thread is to measure next; the last measurement is made here and now.
 
         See `Survey.take`. With several processes all must call this at the same steps.
         """
-        if last:
+        if occasion.last:
             self.cancel()
-            rest = partial(super().take, timeline=timeline, budget=budget, ranks=ranks)
-            return rest(model, moment, known=known, due=due, last=True)
-        if due:
-            stale = partial(self._ordered, model, moment.step, timeline, budget, known)
-            self._wanted = ranks.decide(stale)
+            return super().take(occasion, timeline, budget)
+        if occasion.due:
+            self._wanted = occasion.ranks.decide(lambda: self._order(occasion, timeline, budget))
         if self._wanted and self._lot is None:
-            self._begin(model, moment, ranks, known)
+            self._begin(occasion)
         return None
 
     def finished(self, ranks: Ranks, *, wait: bool) -> Taken | None:
@@ -102,36 +88,25 @@ class BackgroundSurvey(Survey):
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
 
-    def _ordered(
-        self,
-        model: nn.Module,
-        step: int,
-        timeline: Timeline,
-        budget: Budget,
-        known: Mapping[str, Spectrum],
-    ) -> list[int]:
+    def _order(self, occasion: Occasion, timeline: Timeline, budget: Budget) -> list[int]:
         """Positions of all layers that are stale and not with the thread, the stalest first."""
         if budget.credit <= 0.0:
             return self._wanted
         busy = self._lot.layer_ids if self._lot else ()
-        layers = self._stale(self._look_up(model), step, timeline, known)
-        return [
-            layer.layer_id for layer in sorted(layers, key=_staleness) if layer.layer_id not in busy
-        ]
+        layers = sorted(self._stale(occasion, timeline), key=_staleness)
+        return [layer.layer_id for layer in layers if layer.layer_id not in busy]
 
-    def _begin(
-        self, model: nn.Module, moment: Moment, ranks: Ranks, known: Mapping[str, Spectrum]
-    ) -> None:
+    def _begin(self, occasion: Occasion) -> None:
         """Copy the next lot and hand it to the thread; with several ranks each copies its part."""
-        found = list(weight_matrices(model))
+        found, ranks = list(weight_matrices(occasion.model)), occasion.ranks
         layer_ids = _lot_of(self._wanted, found, ranks.size)
         self._wanted = [i for i in self._wanted if i not in layer_ids]
         owners = deal([work_of(found[i]) for i in layer_ids], ranks.size)
         mine = [i for i, owner in zip(layer_ids, owners, strict=True) if owner == ranks.rank]
         copies = _copies(found, layer_ids, mine)
         streams = _streams(copies, mine)
-        task = partial(self._measure, copies, mine, known, streams, moment)
-        self._lot = _Lot(tuple(layer_ids), moment, self._pool().submit(task))
+        task = partial(self._measure, copies, mine, occasion.known, streams, occasion.moment)
+        self._lot = _Lot(tuple(layer_ids), occasion.moment, self._pool().submit(task))
 
     def _measure(
         self,

@@ -23,7 +23,7 @@ from .loggers import Logger
 from .sharing import Ranks, ranks_of
 from .steering import end_epochs, find_wwpgd, known_spectra, projection_scalars, wwpgds
 from .summary import Summary
-from .survey import Moment, Survey, Taken, undisturbed
+from .survey import Moment, Occasion, Survey, Taken, undisturbed
 from .timeline import Timeline
 
 if TYPE_CHECKING:
@@ -313,17 +313,8 @@ class SpectralMonitor:
             known = known_spectra(self.projected, found, model)
             with self.budget.watching() as spent:
                 earlier = self._finished(ranks, spent, wait=last)
-                take = partial(
-                    self.survey.take,
-                    model,
-                    moment,
-                    timeline=self.timeline,
-                    budget=self.budget,
-                    ranks=ranks,
-                    known=known,
-                    due=due,
-                    last=last,
-                )
+                occasion = Occasion(model, moment, ranks, known, due, last)
+                take = partial(self.survey.take, occasion, self.timeline, self.budget)
                 taken = self._attempt(take, f" in epoch {epoch}")
                 projection = projection_scalars(self.projected)
                 return earlier | self._note(moment, taken, projection, spent)

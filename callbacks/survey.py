@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -37,6 +37,27 @@ class Moment:
     epoch: int
     step: int
     x: int
+
+
+@dataclass(frozen=True, eq=False)
+class Occasion:
+    """A time at which a model could be measured.
+
+    Attributes:
+        model: The model.
+        moment: When it is.
+        ranks: Who measures; the first one plans.
+        known: Spectra of this moment, by layer name.
+        due: Whether to measure.
+        last: Training is over: every spectrum is measured, whatever it costs.
+    """
+
+    model: nn.Module
+    moment: Moment
+    ranks: Ranks
+    known: Mapping[str, Spectrum]
+    due: bool
+    last: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,57 +101,40 @@ class Survey:
         self._parameters: list[tuple[str, torch.Size]] = []
         self._entries: tuple[Entry, ...] = ()
 
-    def take(
-        self,
-        model: nn.Module,
-        moment: Moment,
-        *,
-        timeline: Timeline,
-        budget: Budget,
-        ranks: Ranks,
-        known: Mapping[str, Spectrum],
-        due: bool,
-        last: bool = False,
-    ) -> Taken | None:
+    def take(self, occasion: Occasion, timeline: Timeline, budget: Budget) -> Taken | None:
         """Measure what is not of this step already and can be afforded; the same on all ranks.
 
         Args:
-            model: The model.
-            moment: The present moment.
+            occasion: What, when and by whom.
             timeline: When each layer was measured last.
             budget: Pays.
-            ranks: Who measures; the first one plans.
-            known: Spectra of this moment, by layer name.
-            due: Whether to measure.
-            last: Training is over: every spectrum is measured, whatever it costs.
 
         Raises:
             Exception: Whatever went wrong, on every rank.
         """
         started = budget.clock()
-        chosen = None
-        if due:
-            step = moment.step
-            chosen = ranks.decide(lambda: self._plan(model, step, timeline, budget, known, last))
+        if not occasion.due:
+            return None
+        chosen = occasion.ranks.decide(lambda: self._plan(occasion, timeline, budget))
         if chosen is None:
             return None
         parts = [
             measure(
-                model,
+                occasion.model,
                 layers=list(layer_ids),
                 randomize=shuffles,
                 vectors=self.vectors,
                 replicates=self.replicates,
                 seed=self.seed,
-                spectra=known,
-                group=ranks.group,
+                spectra=occasion.known,
+                group=occasion.ranks.group,
             )
             for layer_ids, shuffles in ((chosen.whole, self.randomize), (chosen.spectra, 0))
             if layer_ids
         ]
         if chosen.work:
             budget.learn(chosen.work, budget.clock() - started)
-        return Taken(joined(parts), moment, budget.clock() - started)
+        return Taken(joined(parts), occasion.moment, budget.clock() - started)
 
     def finished(self, ranks: Ranks, *, wait: bool) -> Taken | None:
         """What was measured beside training since the last call."""
@@ -139,32 +143,19 @@ class Survey:
     def cancel(self) -> None:
         """Training failed: measure nothing more."""
 
-    def _plan(
-        self,
-        model: nn.Module,
-        step: int,
-        timeline: Timeline,
-        budget: Budget,
-        known: Mapping[str, Spectrum],
-        last: bool,
-    ) -> Plan | None:
-        entries = self._look_up(model)
-        layers = self._stale(entries, step, timeline, known)
-        if entries and not layers:
+    def _plan(self, occasion: Occasion, timeline: Timeline, budget: Budget) -> Plan | None:
+        step = occasion.moment.step
+        layers = self._stale(occasion, timeline)
+        if self._entries and not layers:
             return None
         chosen = plan(layers, budget.affordable)
-        if last:
+        if occasion.last:
             chosen = with_spectra(chosen, [layer for layer in layers if layer.measured != step])
-        return chosen if chosen.whole or chosen.spectra or not entries else None
+        return chosen if chosen.whole or chosen.spectra or not self._entries else None
 
-    def _stale(
-        self,
-        entries: Sequence[Entry],
-        step: int,
-        timeline: Timeline,
-        known: Mapping[str, Spectrum],
-    ) -> list[Candidate]:
+    def _stale(self, occasion: Occasion, timeline: Timeline) -> list[Candidate]:
         """The layers of which something was not measured at this step, or has changed since."""
+        step, known = occasion.moment.step, occasion.known
         counted = timeline.shuffled if self.randomize else timeline.measured
         free = () if self.vectors else known  # localisation needs a decomposition of its own
         return [
@@ -175,7 +166,7 @@ class Survey:
                 timeline.measured.get(entry.name, -1),
                 counted.get(entry.name, -1),
             )
-            for entry in entries
+            for entry in self._look_up(occasion.model)
             if counted.get(entry.name) != step or entry.name in known
         ]
 
