@@ -2,6 +2,8 @@
 
 import json
 import math
+import pickle
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ww_train import Skipped, WeightMatrix, measure, weight_matrices
-from ww_train.weights.adapters import SUFFIX, scaling
+from ww_train.weights.adapters import scaling
+from ww_train.weights.low_rank import SUFFIX
 from ww_train.weights.matrices import CheckpointError, merge
 
 from .oracles import evals_by_svd, gaussian
@@ -208,15 +211,102 @@ def test_the_difference_of_merged_and_base_is_the_update(tmp_path):
     assert reasons["fc2"] == "identical to the base model"
 
 
+def dora(folder=None, *, targets=("embed", "fc1", "fc2", "conv", "point"), **options):
+    """A model with DoRA whose sizes have been trained, and its folder."""
+    model = adapted(use_dora=True, target_modules=list(targets), **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_dora_is_skipped_because_it_needs_the_base(tmp_path):
-    model = adapted(use_dora=True, target_modules=["fc1"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_dora_is_merged_as_peft_merges_it(tmp_path, rslora):
+    model = dora(tmp_path, use_rslora=rslora)
+    base = _plain(model)
+    merged = {m.name: m for m in merge(base, tmp_path)}
+    expected = model.merge_and_unload().state_dict()
+    assert set(merged) == set(found(base))
+    for name, matrix in merged.items():
+        literal = found({f"{name}.weight": expected[f"{name}.weight"]})[name].stack
+        torch.testing.assert_close(matrix.stack.float(), literal, rtol=1e-5, atol=1e-4)
+        changed = not torch.equal(literal, found(base)[name].stack)
+        assert changed == (name != "head")
+    report, direct = measure(merge(base, tmp_path)), measure(expected)
+    assert report["fc1"].alpha == pytest.approx(direct["fc1"].alpha, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dora_of_transposed_weights_is_merged_as_peft_merges_it(tmp_path):
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    net = nn.ModuleDict({"c_attn": pytorch_utils.Conv1D(48, 32)})
+    config = peft.LoraConfig(r=9, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True)
+    base = {"c_attn.weight": net["c_attn"].weight.detach().clone()}
+    model = peft.get_peft_model(net, config)
+    layer = model.base_model.model["c_attn"]
+    nn.init.normal_(layer.lora_B["default"].weight)
+    nn.init.uniform_(layer.lora_magnitude_vector["default"].weight, 0.5, 2.0)
     model.save_pretrained(tmp_path)
-    for source in (tmp_path, model):
-        assert isinstance(found(source)["fc1.lora"], Skipped)
-        assert "DoRA" in found(source)["fc1.lora"].reason
+    (merged,) = merge(base, tmp_path)
+    expected = model.merge_and_unload()["c_attn"].weight.detach()
+    torch.testing.assert_close(merged.stack[0].float(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_output_of_a_merged_dora_layer_has_the_size_that_the_adapter_says(tmp_path):
+    model = dora(tmp_path, targets=("fc1",))
     (layer,) = (m for m in merge(_plain(model), tmp_path) if m.name == "fc1")
-    assert "DoRA" in layer.reason
+    sizes = load_file(tmp_path / "adapter_model.safetensors")
+    (magnitude,) = (v for k, v in sizes.items() if "magnitude" in k)
+    torch.testing.assert_close(layer.stack[0].norm(dim=1), magnitude.double())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dora_alone_is_skipped_because_it_needs_the_base(tmp_path):
+    model = dora(tmp_path, targets=("fc1", "conv"))
+    for source in (tmp_path, model):
+        of = found(source)
+        for name in ("fc1.lora", "conv.lora"):
+            assert isinstance(of[name], Skipped)
+            assert "DoRA" in of[name].reason
+            assert "ww_train.merge(base, adapter)" in of[name].reason
+        assert not any("magnitude" in name for name in of)
+    report = measure(tmp_path)
+    assert len(report) == 0
+    skipped = pickle.loads(pickle.dumps(report)).skipped
+    assert skipped == tuple(Skipped(x.name, x.reason) for x in report.skipped)
+    assert len(skipped) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda w: None, "magnitude vector is missing"),
+        (lambda w: w[:-1].clone(), r"magnitudes of shape \(47,\) for 48 outputs"),
+    ],
+    ids=["missing", "shape"],
+)
+def test_dora_with_damaged_sizes_is_skipped(tmp_path, damage, reason):
+    model = dora(tmp_path, targets=("fc1",))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {k: damage(w) if "magnitude" in k else w for k, w in load_file(path).items()}
+    save_file({k: w for k, w in tensors.items() if w is not None}, path)
+    assert re.search(reason, found(tmp_path)["fc1.lora"].reason)
+    (layer,) = (m for m in merge(_plain(model), tmp_path) if m.name == "fc1")
+    assert re.search(reason, layer.reason)
+
+
+def test_sizes_without_factors_are_said(tmp_path):
+    sizes = {"base_model.model.fc.lora_magnitude_vector": torch.ones(20)}
+    folder(tmp_path)
+    save_file(sizes, tmp_path / "adapter_model.safetensors")
+    assert found(tmp_path)["fc.lora"].reason == "it has no factors"
 
 
 def test_factors_without_a_configuration_are_no_layers():

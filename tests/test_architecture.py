@@ -23,9 +23,11 @@ ORDER = [
     "weights.formats",
     "weights.distributed_format",
     "weights.foreign_formats",
+    "weights.low_rank",
     "weights.adapters",
     "weights.checkpoints",
     "weights.matrices",
+    "cores",
     "linalg",
     "exports",
     "costs",
@@ -216,7 +218,9 @@ def test_the_checker_finds_upward_imports_and_only_those(module, source, found):
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_the_core_knows_no_framework(path):
     packages = {name.partition(".")[0] for name in imports(path.read_text(encoding="utf-8"))}
-    assert packages & FRAMEWORKS == set()
+    # a configuration of Transformers is a model only to Transformers
+    allowed = {"transformers"} if dotted(path) == "cli.shapes" else set()
+    assert packages & FRAMEWORKS <= allowed
 
 
 def test_every_module_has_a_docstring():

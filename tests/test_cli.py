@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ww_train import measure
+from ww_train import distances, measure
 from ww_train.cli import main
 from ww_train.cli.conditions import Condition, condition
 from ww_train.cli.help import glossary
@@ -465,6 +465,7 @@ def test_json_has_no_infinity():
         (("compare", "MODEL", "OTHER"), "OTHER"),
         (("compare", "MODEL", "MODEL", "--metrics-summary", "MISSING/x"), "there is no folder"),
         (("compare", "MODEL", "MODEL", "--fail-if", "alfa_change<0"), "did you mean alpha_change"),
+        (("compare", "MODEL", "MODEL", "--fail-if", "cka<1"), "cka needs --distances"),
         (("plot", "MODEL", "-o", "TEXT"), "exists"),
         (("plot", "MODEL", "-o", "OUT", "--figure", "pie"), "pie"),
         (("report", "MISSING", "-o", "OUT"), "no file or folder"),
@@ -653,6 +654,37 @@ def test_compare(model, tmp_path, capsys):
     assert document["extra"] == ["new"]
     assert run(capsys, "compare", model, after, "--fail-if", "relative_delta>0.4")[0] == 1
     assert run(capsys, "compare", model, after, "--fail-if", "relative_delta>0.6")[0] == 0
+
+
+def test_compare_with_distances(model, tmp_path, capsys):
+    changed = state()
+    changed[f"{NOISE}.weight"] = changed[f"{NOISE}.weight"] * 1.5
+    after = str(tmp_path / "after.safetensors")
+    save_file(changed, after)
+    expected = {layer.name: layer for layer in distances(model, after).layers}
+    plain = strict(run(capsys, "compare", model, after, "--json", "-")[1])
+    code, out, err = run(capsys, "compare", model, after, "--distances", "--json", "-")
+    assert (code, err) == (0, "")
+    document = strict(out)
+    names = ("frobenius", "spectral", "cka", "left_overlap", "right_overlap")
+    more = ("cosine", "cka_centred", "num_tail", "esd_distance")
+    for row, without in zip(document["layers"], plain["layers"], strict=True):
+        layer = expected[row["longname"]]
+        assert row == without | {name: getattr(layer, name) for name in (*names, *more)}
+    assert document | {"layers": []} == plain | {"layers": []}
+    by_name = {row["longname"]: row for row in document["layers"]}
+    assert by_name[HEAVY]["frobenius"] == 0.0
+    norm = float(torch.linalg.matrix_norm(state()[f"{NOISE}.weight"].double(), 2))
+    assert by_name[NOISE]["spectral"] == pytest.approx(0.5 * norm, rel=1e-6)
+    assert by_name[NOISE]["cka"] == pytest.approx(1.0)
+    out = run(capsys, "compare", model, after, "--distances")[1]
+    assert set(names) <= set(out.splitlines()[0].split())
+    table = tmp_path / "table.csv"
+    assert run(capsys, "compare", model, after, "--distances", "--csv", str(table))[0] == 0
+    assert {*names, *more} <= set(table.read_text().splitlines()[0].split(","))
+    condition = ("--fail-if", "spectral>0")
+    assert run(capsys, "compare", model, after, "--distances", *condition)[0] == 1
+    assert run(capsys, "compare", model, model, "--distances", *condition)[0] == 0
 
 
 def test_smooth_writes_a_model_of_smaller_rank(model, tmp_path, capsys):

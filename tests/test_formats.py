@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
 
-from ww_train import Skipped, WeightMatrix, measure, weight_matrices
+from ww_train import Skipped, WeightMatrix, distances, measure, weight_matrices
 from ww_train.weights.formats import naturally
 from ww_train.weights.matrices import CheckpointError
 
@@ -220,13 +220,119 @@ def test_an_export_archive(tmp_path):
     net = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 12))
     program = torch.export.export(net, (torch.ones(1, 12),))
     torch.export.save(program, tmp_path / "model.pt2")
-    with zipfile.ZipFile(tmp_path / "model.pt2") as archive:
-        names = archive.namelist()
-    if not any(name.endswith("model_weights_config.json") for name in names):
-        with pytest.raises(CheckpointError, match="older torch"):
-            matrices(tmp_path / "model.pt2")
-        return
     assert_same(tmp_path / "model.pt2", net)
+
+
+class Grouped(nn.Module):
+    """Convolutions with and without groups, a tied weight and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = nn.Conv2d(12, 16, 3)
+        self.grouped = nn.Conv2d(16, 24, 3, groups=2)
+        self.up = nn.ConvTranspose2d(24, 20, 2, groups=2)
+        self.depth = nn.Conv2d(20, 20, 3, groups=20)
+        self.fc = nn.Linear(20, 18)
+        self.register_buffer("table", gaussian(18, 18))
+
+    def forward(self, x):
+        x = self.depth(self.up(self.grouped(self.plain(x))))
+        return self.fc(x.mean((2, 3))) @ self.table
+
+
+def export_as(version, program, path):
+    """An archive as torch.export.save of another version of torch wrote it."""
+    from torch._export.serde.serialize import serialize
+
+    if version == "now":
+        torch.export.save(program, path)
+        return
+    artifact = serialize(program)
+    if version == "2.7":
+        members = {
+            "serialized_exported_program.json": artifact.exported_program,
+            "serialized_state_dict.pt": artifact.state_dict,
+            "serialized_constants.pt": artifact.constants,
+            "serialized_example_inputs.pt": artifact.example_inputs,
+            "version": "8.2",
+        }
+    else:
+        members = {
+            "m/archive_format": "pt2",
+            "m/archive_version": "0",
+            "m/models/model.json": artifact.exported_program,
+            "m/data/weights/model.pt": artifact.state_dict,
+            "m/data/constants/model.pt": artifact.constants,
+            "m/data/sample_inputs/model.pt": artifact.example_inputs,
+            "m/byteorder": "little",
+            "m/.data/version": "3",
+            "m/.data/serialization_id": "0",
+        }
+    kind = zipfile.ZIP_DEFLATED if version.endswith("compressed") else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("version", ["2.7", "2.8", "2.8 compressed", "now"])
+def test_export_archives_of_all_versions_with_groups_of_convolutions(tmp_path, version):
+    net, path = Grouped(), tmp_path / "model.pt2"
+    program = torch.export.export(net, (torch.ones(1, 12, 8, 8),))
+    export_as(version, program, path)
+    if version != "2.8 compressed":
+        loaded = torch.export.load(path).state_dict  # torch reads what was written here too
+        assert torch.equal(loaded["grouped.weight"], net.grouped.weight)
+    assert_same(path, net)
+    assert matrices(path)["grouped"].shape == (18, 12, 8)
+    assert matrices(path)["up"].shape == (8, 12, 10)
+    assert "depthwise" in reasons(path)["depth"]
+    assert "table" not in matrices(path)
+
+
+def test_a_grouped_convolution_is_never_compared_with_one_read_without_its_groups(tmp_path):
+    net, path = Grouped(), tmp_path / "w.safetensors"
+    save_file(net.state_dict(), path)
+    assert matrices(net)["grouped"].shape == (18, 12, 8)
+    assert matrices(path)["grouped"].shape == (9, 24, 8)  # the file does not say
+    assert set(matrices(net)) == set(matrices(path)) - {"table"}
+    found = distances(net, path)
+    assert {layer.name for layer in found.layers} == {"plain", "fc"}
+    assert {layer.name for layer in found.matching.reshaped} == {"grouped", "up"}
+    for model, base in ((net, path), (path, net)):
+        skipped = {x.name: x.reason for x in measure(model, base_model=base).skipped}
+        assert "in the base model" in skipped["grouped"]
+        assert "in the base model" in skipped["up"]
+
+
+def test_an_old_export_archive_runs_no_code(tmp_path):
+    path = tmp_path / "model.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        buffer = io.BytesIO()
+        torch.save({"fc.weight": Grouped()}, buffer)
+        archive.writestr("serialized_exported_program.json", "{}")
+        archive.writestr("serialized_state_dict.pt", buffer.getvalue())
+    with pytest.raises(CheckpointError, match="Python objects that could run code"):
+        matrices(path)
+
+
+def test_an_export_archive_without_weights_says_so(tmp_path):
+    path = tmp_path / "model.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/archive_format", "pt2")
+        archive.writestr("m/data/aotinductor/model/model.so", "code")
+    with pytest.raises(CheckpointError, match="compiled code, perhaps"):
+        matrices(path)
+
+
+def test_a_safetensors_header_whose_length_begins_as_a_pickle(tmp_path):
+    for length in range(1, 300):
+        save_file({"x" * length: gaussian(12, 10)}, tmp_path / "w.safetensors")
+        if (tmp_path / "w.safetensors").read_bytes()[:1] == b"\x80":
+            break
+    else:
+        pytest.fail("no header of such a length")
+    assert list(matrices(tmp_path / "w.safetensors")) == ["x" * length]
 
 
 # torch.distributed.checkpoint
@@ -401,6 +507,19 @@ def test_onnx_initialisers(tmp_path, external):
         assert "keep its data beside it" in report.skipped[0].reason
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_onnx_says_the_groups_of_a_convolution(tmp_path, kind):
+    net = nn.ModuleDict({"conv": kind(24, 20, 3, groups=2)})
+    weight = net["conv"].weight.detach().numpy()
+    operator = "Conv" if kind is nn.Conv2d else "ConvTranspose"
+    node = helper.make_node(operator, ["x", "conv.weight"], ["h"], group=2)
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in "xh"]
+    initializers = [numpy_helper.from_array(weight, "conv.weight")]
+    graph = helper.make_graph([node], "g", values[:1], values[1:], initializers)
+    onnx.save(helper.make_model(graph), str(tmp_path / "model.onnx"))
+    assert_same(tmp_path / "model.onnx", net)
+
+
 # Keras, in the layout of Keras 3.15's own files
 
 KERNELS = {
@@ -413,6 +532,7 @@ KERNELS = {
     "layers/conv1d": ("line", [(3, 10, 11), (11,)]),
     "layers/lstm/cell": ("lstm_cell", [(11, 36), (9, 36), (36,)]),
     "layers/dense": ("head", [(14, 20), (20,)]),
+    "layers/conv2d_1": ("branches", [(3, 3, 10, 24), (24,)]),
 }
 LAYERS = {"layers/multi_head_attention": "attn", "layers/lstm": "rec"}
 
@@ -431,7 +551,9 @@ def write_keras(path):
                 variables[str(i)] = values
         file.create_group("optimizer/vars")["0"] = np.ones((9, 9))
     order = ["head", "first", "tokens", "up", "depth", "attn", "line", "rec"]
-    config = {"config": {"layers": [{"config": {"name": name}} for name in order]}}
+    layers = [{"config": {"name": name}} for name in order]
+    layers.append({"config": {"name": "branches", "groups": 2}})
+    config = {"config": {"layers": layers}}
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("metadata.json", "{}")
         archive.writestr("config.json", json.dumps(config))
@@ -458,13 +580,17 @@ def test_keras_kernels_are_turned_to_the_layout_of_torch(tmp_path):
         "rec.lstm_cell.recurrent_kernel.weight": kernels["layers/lstm/cell"][1].T,
     }
     found = matrices(tmp_path / "model.keras")
+    branches = found.pop("branches")
+    kernel = torch.from_numpy(kernels["layers/conv2d_1"][0])
+    literal = [part[i, j].T for part in kernel.chunk(2, 3) for i in range(3) for j in range(3)]
+    assert sorted(x.tolist() for x in branches.stack) == sorted(x.tolist() for x in literal)
     assert list(found) == [name.removesuffix(".weight") for name in expected]
     for name, matrix in found.items():
         other = matrices({f"{name}.weight": expected[f"{name}.weight"].copy()})[name]
         assert torch.equal(matrix.stack, other.stack)
         assert matrix.scale == other.scale
     assert "depthwise" in reasons(tmp_path / "model.keras")["depth"]
-    assert set(matrices(tmp_path / "model.weights.h5")) == set(found)
+    assert set(matrices(tmp_path / "model.weights.h5")) == {*found, "branches"}
 
 
 def test_a_keras_model_in_the_old_hdf5_format(tmp_path):

@@ -19,7 +19,7 @@ from torch import nn
 
 from ww_train import Report, TruncatedPowerLaw, measure, plots
 from ww_train.marchenko_pastur import fit_mp
-from ww_train.plots.layer import unfolded_spacings
+from ww_train.plots.noise import unfolded_spacings
 from ww_train.plots.style import PURPLE, RED, alpha_range, every_nth, label, short_labels
 from ww_train.power_law import PowerLaw, PowerLawFit
 
@@ -173,6 +173,35 @@ def test_eigenvalues_that_are_rounding_are_counted_not_drawn():
     figure = plots.esd(layer)
     assert heights(axes(figure)).sum() == 4
     assert "36 that are rounding not shown" in texts(figure)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 3.0])
+def test_a_narrow_tail_has_its_bins_in_view(alpha):
+    evals = np.geomspace(1e-9, 1.0, 400)
+    evals[-40:] = np.random.default_rng(0).uniform(0.9, 1.0, 40)
+    fit = PowerLawFit(alpha=alpha, xmin=0.9, xmax=1.0, D=0.1, sigma=0.1, num_pl_spikes=40)
+    layer = one(np.diag(np.sqrt(evals)), fit=lambda _: fit)
+    ax = axes(plots.esd(layer))
+    left = ax.get_xlim()[0]
+    assert 1e-6 < left == min(0.9, layer.erg.detX_val) / 30
+    assert heights(ax).sum() == (layer.spectrum.positive >= left).sum() < len(evals)
+    assert 10 <= len(heights(ax)) <= 100
+    assert heights(axes(plots.esd_semilog(layer))).sum() == len(evals)
+
+
+@pytest.mark.parametrize("span", [1.0, 1.9, 8.0, 600.0, 1e12])
+@pytest.mark.parametrize("low", [3.7e-7, 8.1e5])
+def test_labels_of_a_log_axis_do_not_overlap(low, span):
+    layer = one(np.diag(np.sqrt(np.geomspace(low, low * span, 200))))
+    for figure in (plots.esd, plots.xmin_scan):
+        drawn = draw(figure(layer))
+        for ax in drawn.axes[:1]:
+            shown = [t for t in ax.get_xticklabels(which="both") if t.get_text()]
+            limits = ax.get_window_extent()
+            boxes = sorted((t.get_window_extent() for t in shown), key=lambda box: box.x0)
+            boxes = [box for box in boxes if limits.x0 <= (box.x0 + box.x1) / 2 <= limits.x1]
+            assert len(boxes) >= 2
+            assert all(a.x1 + 2 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_xmin_scan(layer):
@@ -394,6 +423,24 @@ def test_types_of_layers_differ_in_colour_and_marker(report):
     handles, labels = ax.get_legend_handles_labels()
     assert labels[:3] == ["conv2d", "embedding", "dense"]
     assert len({(h.get_color(), h.get_marker()) for h in handles[:3]}) == 3
+
+
+def test_layers_are_coloured_by_any_group(report):
+    names = [f"h.{i}.{kind}" for i in range(3) for kind in ("q_proj", "k_proj", "dense")]
+    layers = [replace(report.layers[-1], name=name) for name in names]
+    figure = plots.correlation_flow(
+        Report(tuple(layers), ()), group=lambda layer: layer.name.rpartition(".")[-1]
+    )
+    handles, labels = axes(figure).get_legend_handles_labels()
+    assert labels == ["q_proj", "k_proj", "dense"]
+    assert len({(h.get_color(), h.get_marker()) for h in handles}) == 3
+    assert handles[2].get_color() == "#0072B2"
+    assert len(points(axes(figure))[0]) == 9
+    many = Report(tuple(replace(layers[0], name=str(i)) for i in range(12)), ())
+    _, labels = axes(
+        plots.correlation_flow(many, group=lambda x: x.name)
+    ).get_legend_handles_labels()
+    assert labels == list(map(str, range(12)))
 
 
 @pytest.mark.parametrize("count", [1, 3, 40, 300])

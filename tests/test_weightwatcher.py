@@ -23,6 +23,7 @@ from ww_train.editing.rules import AboveBulk, Bottom, DetXTail, PowerLawTail, To
 from ww_train.editing.smoothing import smoothed
 from ww_train.weights.matrices import CheckpointError
 from ww_train.weightwatcher import WeightWatcher
+from ww_train.weightwatcher.figures import shuffled_figures
 from ww_train.weightwatcher.options import REFUSED, by_alpha, smoothing_rule, tail_fit
 
 from .oracles import heavy, named
@@ -433,7 +434,8 @@ def test_the_effects_are_those_of_the_value(plain_details):
         for method in METHODS
         for name in inspect.signature(getattr(WeightWatcher, method)).parameters
         if name in SAID and (method != "analyze" or name not in TOGETHER | EFFECTS)
-        if (method, name) not in {("describe", "pool"), ("distances", "pool")}
+        if (method, name)
+        not in {("describe", "pool"), ("distances", "pool"), ("SVDSharpness", "plot")}
     ],
 )
 def test_an_argument_without_a_meaning_raises_with_the_alternative(quiet, method, name):
@@ -934,6 +936,47 @@ def test_a_folder_that_cannot_be_made_fails_before_the_analysis(tmp_path, quiet)
     with pytest.raises(OSError, match="file"):
         quiet.analyze(make_mlp(), plot=True, savefig=str(tmp_path / "file" / "figures"))
     assert quiet.details is None
+
+
+def test_sharpness_draws_the_traps_as_they_were(peer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = make_mlp()
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.ndim == 2 and min(p.shape) > 20)[3, 4] = 9.0
+    before = copy.deepcopy(model)
+    watcher = WeightWatcher(model)
+    assert watcher.SVDSharpness(plot=True) is model
+    assert capsys.readouterr().out == f"{len(watcher.figures)} figures in ww-img\n"
+    ours = sorted(path.name for path in (tmp_path / "ww-img").iterdir())
+    assert ours == sorted(path.name for path in watcher.figures)
+    for path in watcher.figures:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        path.unlink()
+    peer("SVDSharpness", of=before, model=before, plot=True)
+    theirs = {path.name for path in (tmp_path / "ww-img").iterdir()}
+    assert set(ours) >= {name for name in theirs if "mpfit2" in name} != set()
+    assert {name.split(".")[1] for name in ours} == {name.split(".")[1] for name in theirs}
+
+
+def test_the_peers_smoothing_draws_nothing(peer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for method in ("detX", "alpha_min", "rmt"):
+        peer("SVDSmoothing", of=make_mlp(), method=method, plot=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_figure_of_a_shuffled_layer_shows_its_traps():
+    weights = torch.randn(60, 40, generator=torch.Generator().manual_seed(0))
+    weights[3, 4] = 30.0
+    (layer,) = measure(weights, randomize=True)
+    ((name, draw),) = shuffled_figures(layer)
+    (ax,) = draw(layer).axes
+    assert name == "mpfit2"
+    assert ax.get_title(loc="left").startswith(f"{layer.name}, shuffled\n")
+    assert f"{layer.traps.mp.num_spikes} spikes of 40" in ax.get_title(loc="left")
+    assert layer.traps.num_traps == layer.traps.mp.num_spikes == 1
+    (plain,) = measure(weights)
+    assert list(shuffled_figures(plain)) == []
 
 
 def test_levels_of_logging(capsys):

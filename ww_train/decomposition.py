@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ww_train.batching import Bucket, Choose, Solved, warn_once
 from ww_train.calibration import costs_of
+from ww_train.cores import one_core_each
 from ww_train.linalg import Eigensolver, gram_eigenvalues
 
 LOAD_BYTES = 1 << 28
@@ -95,19 +95,6 @@ def decompose(
                 evals = [part.cpu() for part in solve(i)]
                 yield i, evals
                 jobs[i].release()
-
-
-@contextmanager
-def one_core_each() -> Iterator[ThreadPoolExecutor]:
-    """A worker for each core, whose computations use that core alone."""
-    threads = torch.get_num_threads()
-    # the number of threads is a property of each thread; new ones inherit the last one set
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 def _begin(job: Job, reader: Executor) -> Callable[[], object]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ww_train.cores import one_core_each
 from ww_train.linalg import gram
 
 Operation: TypeAlias = Callable[[Tensor], object]
@@ -52,12 +52,12 @@ def eigenvectors_on_host(stack: Tensor) -> Tensor:
 
 def spread_eigenvalues(stack: Tensor) -> list[object]:
     """One core for each matrix."""
-    return _one_core_each(eigenvalues, stack)
+    return _on_all_cores(eigenvalues, stack)
 
 
 def spread_eigenvectors(stack: Tensor) -> list[object]:
     """One core for each matrix."""
-    return _one_core_each(eigenvectors, stack)
+    return _on_all_cores(eigenvectors, stack)
 
 
 def gram_matrices(stack: Tensor) -> Tensor:
@@ -84,10 +84,6 @@ def to_host(stack: Tensor) -> Tensor:
     return stack.to("cpu", copy=True)
 
 
-def _one_core_each(operation: Operation, stack: Tensor) -> list[object]:
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(operation, stack))
-    finally:
-        torch.set_num_threads(threads)
+def _on_all_cores(operation: Operation, stack: Tensor) -> list[object]:
+    with one_core_each() as pool:
+        return list(pool.map(operation, stack))

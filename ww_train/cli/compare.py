@@ -12,11 +12,17 @@ from ww_train.cli.output import check_outputs, exported, failed, named, show_col
 from ww_train.cli.source import first_process, source
 from ww_train.comparing.comparison import Comparison
 from ww_train.comparing.comparison import compare as compare_models
+from ww_train.comparing.distances import distances
 from ww_train.tables import printable
-from ww_train.weights.matrices import reasons
+from ww_train.weights.matrices import Source, reasons
 
 if TYPE_CHECKING:
     import pandas as pd
+
+DISTANCES = ("frobenius", "spectral", "cka", "left_overlap", "right_overlap")
+"""Columns that --distances adds; with --wide and in files also `MORE_DISTANCES`."""
+
+MORE_DISTANCES = ("cosine", "cka_centred", "num_tail", "esd_distance")
 
 COMPARED = (
     "longname",
@@ -24,6 +30,7 @@ COMPARED = (
     "N",
     "M",
     "relative_delta",
+    *DISTANCES,
     "alpha_base",
     "alpha_finetuned",
     "alpha_change",
@@ -37,6 +44,7 @@ COMPARED_IMPORTANCE = (
     "alpha_base",
     "alpha_finetuned",
     "relative_delta",
+    *DISTANCES,
     "alpha_change",
     "alpha_of_delta",
     "log_norm_change",
@@ -54,9 +62,10 @@ def compare(args: Namespace) -> int:
     if args.metrics_summary is not None:
         exports.check(args.metrics_summary)
     _check_conditions(args)
+    base, finetuned = (source(path, args.device) for path in (args.base, args.finetuned))
     both = compare_models(
-        source(args.base, args.device),
-        source(args.finetuned, args.device),
+        base,
+        finetuned,
         layers=args.layers,
         types=tuple(args.types),
         progress=args.progress and first_process(),
@@ -65,6 +74,8 @@ def compare(args: Namespace) -> int:
     if not len(frame):
         skipped = (*both.base.skipped, *both.finetuned.skipped)
         raise ValueError(f"no layer could be compared ({reasons(skipped)})")
+    if args.distances:
+        frame = _with_distances(frame, base, finetuned)
     if not first_process():
         return 0
     if args.metrics_summary is not None:
@@ -76,13 +87,25 @@ def compare(args: Namespace) -> int:
 
 
 def _check_conditions(args: Namespace) -> None:
-    """Raise ValueError for a column that no comparison has, before any time is spent."""
+    """Raise ValueError for a column that this comparison lacks, before any time is spent."""
     if args.fail_if:
         noise = torch.Generator().manual_seed(0)
         pair = [torch.randn(32, 24, generator=noise) for _ in range(2)]
         sample = compare_models(*pair).to_dataframe()
+        if args.distances:
+            sample = _with_distances(sample, *pair)
         for condition in args.fail_if:
+            if not args.distances and condition.column in (*DISTANCES, *MORE_DISTANCES):
+                raise ValueError(f"condition {condition}: {condition.column} needs --distances")
             condition.check(sample)
+
+
+def _with_distances(frame: pd.DataFrame, base: Source, finetuned: Source) -> pd.DataFrame:
+    """The table of a comparison with the distances of its layers."""
+    found = distances(base, finetuned, layers=list(frame.longname)).to_dataframe()
+    columns = [*DISTANCES, *MORE_DISTANCES]
+    joined = frame.join(found.set_index("name")[columns], on="longname")
+    return joined.astype(dict.fromkeys(columns, float))
 
 
 def _comparison(both: Comparison, frame: pd.DataFrame) -> dict[str, object]:

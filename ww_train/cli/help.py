@@ -58,11 +58,19 @@ DESCRIBE = """examples:
 
 COMPARE = """examples:
   ww-train compare base/ finetuned/
+  ww-train compare base/ finetuned/ --distances
   ww-train compare base/ finetuned/ --metrics-summary metrics_summary.json
   ww-train compare base/ finetuned/ --fail-if 'alpha_change>0.5' --fail-if 'mean(alpha_finetuned)>6'
 
 relative_delta is the norm of the difference over the norm of the base; a column NAME_change is
   NAME_finetuned less NAME_base; NAME_of_delta is that of the difference as a matrix.
+
+--distances adds columns:
+  frobenius, spectral  norms of the difference, in units of the weights
+  cka                  linear CKA: 1 if the rows are alike up to a rotation and a scale
+  left_overlap         of the singular vectors of the tail, as many as num_tail: 1 for the same
+  right_overlap          space, about num_tail over the number of rows or columns by chance
+  with --wide and in files also cosine, cka_centred, num_tail and esd_distance (Jensen-Shannon)
 
 JSON: an object of "layers" (one object a layer), "summary" (means before, after, and their
   changes), "reading" (the changes in words), "missing", "extra", "reshaped" and "skipped" layers.
@@ -84,6 +92,34 @@ REPORT = """examples:
 SMOOTH = """examples:
   ww-train smooth my-model/ -o smoothed/ --layers '*.mlp.*'
   ww-train smooth my-model/ -o smoothed/ --top 0.2
+"""
+
+PLAN = """examples:
+  ww-train plan my-model/ --gpus 8 --step-seconds 0.5
+  ww-train plan llama/config.json --gpus 512 --costs h100.json --tokens-per-step 4e6 --flops 1e15
+
+Only headers are read: a config.json is enough, with Hugging Face Transformers installed. The ranks
+  share the layers. "seconds" is for one rank that does everything, "longest rank" until the last of
+  them is done; "memory" is beyond the model on a rank, without sharded weights that are gathered;
+  "results" are reports or projected weights that each rank receives.
+
+A step of tokens takes 6 operations a token and parameter. Of a mixture of experts fewer
+  parameters are at work: give --step-seconds.
+
+"""
+
+CALIBRATE = """examples:
+  ww-train calibrate
+  ww-train calibrate --device cuda -o h100.json
+
+Takes a few seconds; measure on an idle machine. Without -o the costs are saved where ww-train
+  finds them, in $XDG_CACHE_HOME/ww_train or ~/.cache/ww_train: one file for each device, version
+  of PyTorch and number of threads.
+
+looped  eigenvalues of an n x n matrix alone; batched: each of many at a time
+host    the same on the host, with the copies; eigh: with vectors
+gram32  the Gram matrix in float64 of weights in float32; gram16: of weights in bfloat16
+
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -15,6 +16,7 @@ from ww_train.cli import help as texts
 from ww_train.cli.commands import analyze, describe, report, smooth
 from ww_train.cli.compare import compare
 from ww_train.cli.conditions import Condition, condition
+from ww_train.cli.plan import calibrate_device, plan
 from ww_train.cli.plot import FIGURES, plot
 from ww_train.editing.rules import AboveBulk, Bottom, DetXTail, PowerLawTail, Top
 
@@ -76,6 +78,8 @@ def parser() -> Parser:
     _plot(_command(room, "plot", "draw the spectra and the model as images"))
     _report(_command(room, "report", "write one HTML page with everything"))
     _smooth(_command(room, "smooth", "write a copy with smoothed weights"))
+    _plan(_command(room, "plan", "what watching a model would take, at any size"))
+    _calibrate(_command(room, "calibrate", "measure what decompositions cost on a device"))
     return top
 
 
@@ -118,6 +122,11 @@ def _compare(sub: Parser) -> None:
     sub.add_argument("finetuned", metavar="FINETUNED", help="the model after")
     _choice(sub)
     _device(sub)
+    sub.add_argument(
+        "--distances",
+        action="store_true",
+        help="also how far the layers are apart: Frobenius and spectral norms, CKA, tails",
+    )
     _outputs(sub)
     sub.add_argument(
         "--metrics-summary", metavar="FILE", help="write the summary of changes as JSON"
@@ -171,6 +180,66 @@ def _smooth(sub: Parser) -> None:
             flag, dest="rule", type=_rule(kind), metavar="SHARE", help=f"keep {kept}"
         )
     _choice(sub)
+
+
+def _plan(sub: Parser) -> None:
+    sub.set_defaults(command=plan)
+    sub.epilog = texts.PLAN
+    sub.add_argument(
+        "path", metavar="PATH", help="a model, or the config.json of one by Hugging Face"
+    )
+    sub.add_argument(
+        "--gpus", type=_count, default=1, metavar="N", help="ranks that share the layers"
+    )
+    costs = sub.add_mutually_exclusive_group()
+    costs.add_argument("--costs", metavar="FILE", help="costs that calibrate saved elsewhere")
+    costs.add_argument(
+        "--device",
+        type=_device_name,
+        metavar="DEVICE",
+        help="take the costs of this device, measuring them if need be; default: cpu",
+    )
+    sub.add_argument(
+        "--max-evals",
+        type=_count,
+        default=15000,
+        metavar="N",
+        help="layers with more eigenvalues are skipped, as the callbacks do; default: 15000",
+    )
+    _step(sub)
+    sub.add_argument("--json", metavar="FILE", help="write the numbers as JSON; '-' to print them")
+
+
+def _step(sub: Parser) -> None:
+    group = sub.add_argument_group("how often")
+    for flag, metavar, meaning in (
+        ("--step-seconds", "S", "time of a training step"),
+        ("--tokens-per-step", "T", "tokens of a step on all ranks; with --flops, instead of S"),
+        ("--flops", "F", "peak operations a second of a rank; 40 %% of them are taken to be used"),
+        ("--network", "GB", "gigabytes a second that a rank receives: adds gathering shards"),
+    ):
+        group.add_argument(flag, type=_positive, metavar=metavar, help=meaning)
+    group.add_argument(
+        "--overhead",
+        type=_share,
+        default=0.01,
+        metavar="SHARE",
+        help="of the training time that a kind of measurement may take; default: 0.01",
+    )
+
+
+def _calibrate(sub: Parser) -> None:
+    sub.set_defaults(command=calibrate_device)
+    sub.epilog = texts.CALIBRATE
+    sub.add_argument(
+        "--device", type=_device_name, metavar="DEVICE", help="cpu (the default), cuda or cuda:1"
+    )
+    sub.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="save there, for plan --costs, and not where ww-train looks; '-' to print JSON",
+    )
 
 
 def _model(sub: Parser) -> None:
@@ -240,6 +309,29 @@ def _condition(text: str) -> Condition:
         return condition(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"a number above 0, not {text!r}")
+    return number
+
+
+def _share(text: str) -> float:
+    number = _positive(text)
+    if number > 1.0:
+        raise argparse.ArgumentTypeError(f"a share above 0 and up to 1, not {text!r}")
+    return number
 
 
 def _rule(kind: type[Top] | type[Bottom]) -> Callable[[str], Top | Bottom]:

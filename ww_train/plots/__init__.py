@@ -12,26 +12,17 @@ Figures are neither shown nor registered with pyplot; a notebook shows what a ce
 from __future__ import annotations
 
 try:
-    from ww_train.plots.layer import (
-        detX,
-        esd,
-        esd_linear,
-        esd_semilog,
-        level_spacings,
-        mp_fit,
-        randomized_esd,
-        vector_metrics,
-        xmin_scan,
-    )
     from ww_train.plots.model import (
         alpha_histogram,
         alpha_vs_alpha,
         alpha_vs_rand_distance,
         compare_models,
         correlation_flow,
-        heat_map,
-        training_curves,
     )
+    from ww_train.plots.noise import level_spacings, mp_fit, randomized_esd
+    from ww_train.plots.spectrum import detX, esd, esd_linear, esd_semilog, xmin_scan
+    from ww_train.plots.training import heat_map, training_curves
+    from ww_train.plots.vectors import vector_metrics
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "matplotlib":
         raise

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.transforms import ScaledTranslation
 
 from ww_train.power_law import OVER_TRAINED, UNDER_TRAINED
+from ww_train.report import LayerReport
 from ww_train.spectrum import Array
 
 INK, FAINT = "#222222", "#888888"
@@ -41,8 +42,6 @@ LAYER_STYLES = {
     "bilinear": (PURPLE, "d"),
 }
 """Colour and marker of each layer type; triangles are for what lies beyond the border."""
-
-OTHER_STYLE = (FAINT, "o")
 
 WIDEST = 100.0
 """No axis of alpha reaches beyond, whatever the layers say."""
@@ -134,6 +133,11 @@ def label(name: str, limit: int = 28) -> str:
     escaped = plain.replace("$", r"\$")
     # a legend leaves out "_name" and ""
     return f" {escaped}" if escaped.startswith("_") or not escaped else escaped
+
+
+def title_of(layer: LayerReport) -> str:
+    """The layer's name as the title of a figure."""
+    return label(layer.name, 64)
 
 
 def number(value: float) -> str:

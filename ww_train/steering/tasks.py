@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ww_train.batching import BATCH_BYTES
-from ww_train.decomposition import LARGE, one_core_each
+from ww_train.cores import one_core_each
+from ww_train.decomposition import LARGE
 from ww_train.linalg import gram, has_float64
 from ww_train.selection import Pattern, select
 from ww_train.steering.manifold_projection import ManifoldProjection

@@ -1,8 +1,7 @@
 """Low-rank adapters (LoRA): the update `scaling * B A` of each layer, from files and from modules.
 
-An update is one matrix named after its layer, `encoder.0.fc1.lora`. Of its eigenvalues at most r are
-positive; they are those of an r x r product, so that nothing of the layer's size is decomposed.
-Formulas: Hu et al. 2021 (alpha / r), Kalajdzievski 2023 (rank-stabilised: alpha / sqrt(r)); names and
+An update is one matrix named after its layer, `encoder.0.fc1.lora`. Formulas: Hu et al. 2021
+(alpha / r), Kalajdzievski 2023 (rank-stabilised: alpha / sqrt(r)), Liu et al. 2024 (DoRA); names and
 the configuration are those of the peft library, which is not imported.
 """
 
@@ -12,86 +11,34 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ww_train.weights.slicing import CONV_SCALE
-from ww_train.weights.stored import CPU, CheckpointError, Deferred, StoredTensor
+from ww_train.weights.low_rank import DORA, SUFFIX, DoraUpdate, Factors, kind_of, positions
+from ww_train.weights.stored import CheckpointError, Deferred, StoredTensor
 from ww_train.weights.weight_matrix import Skipped, WeightMatrix, layer_name
 
-SUFFIX = ".lora"
-"""What the name of an update has more than that of its layer."""
+__all__ = [
+    "FACTOR",
+    "SUFFIX",
+    "configuration",
+    "factor_modules",
+    "merged",
+    "module_update",
+    "scaling",
+    "updates",
+]
 
-READ_ONLY = "a LoRA update: its factors are trained, not their product"
+MAGNITUDE = "magnitude_vector"
 
-DORA = "DoRA: the update depends on the weights of the base; merge the adapter into it"
-
-FACTOR = re.compile(r"^(.*?)\.?lora_(embedding_)?([AB])(?:\.(?!weight$)[^.]+)?(?:\.weight)?$")
-"""Path of the layer, whether it is an embedding, and which factor a tensor is."""
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """The two factors of one update and how they are applied.
-
-    Attributes:
-        A: Makes the `(rf, r, in)` factor.
-        B: Makes the `(out, r)` factor.
-        shape: `(rf, out, in)` of the product.
-        rank: r.
-        kind: Layer type: "dense", "embedding" or a convolution.
-        dtype: In which the factors are stored.
-        scaling: Factor on the product.
-        transposed: Whether the layer's weight is `(in, out)`.
-        device: Where the factors are.
-        collective: Whether they are sharded over processes.
-    """
-
-    A: Callable[[], Tensor]
-    B: Callable[[], Tensor]
-    shape: tuple[int, int, int]
-    rank: int
-    kind: str
-    dtype: torch.dtype
-    scaling: float = 1.0
-    transposed: bool = False
-    device: torch.device = CPU
-    collective: bool = False
-
-    def product(self) -> Tensor:
-        """`scaling * B A` in float64, `(rf, out, in)`, or `(rf, in, out)` if transposed."""
-        update = self.B().to(torch.float64) @ self.A().to(torch.float64)
-        update *= self.scaling
-        return update.mT if self.transposed else update
-
-    def core(self) -> Tensor:
-        """`scaling * R_B R_Aᵀ` in float64: `(rf, k, k)`, k at most r, of the same singular values.
-
-        From the QR decompositions `B = Q_B R_B` and `Aᵀ = Q_A R_A`.
-        """
-        B = torch.linalg.qr(self.B().to(torch.float64), mode="r").R
-        A = torch.linalg.qr(self.A().to(torch.float64).mT, mode="r").R
-        core: Tensor = self.scaling * (B @ A.mT)
-        return core
-
-    def matrix(self, layer: str) -> WeightMatrix:
-        """The update of a layer."""
-        rf, out, inner = self.shape
-        weights = Deferred(
-            (rf, inner, out) if self.transposed else self.shape,
-            self.dtype,
-            self.product,
-            self.device,
-            self.collective,
-            rank=min(self.rank, out, inner),
-            core=self.core,
-        )
-        scale = CONV_SCALE if self.kind.startswith("conv") else 1.0
-        return WeightMatrix(f"{layer}{SUFFIX}", self.kind, weights, scale, READ_ONLY)
+FACTOR = re.compile(
+    rf"^(.*?)\.?lora_(embedding_)?([AB]|{MAGNITUDE})(?:\.(?!weight$)[^.]+)?(?:\.weight)?$"
+)
+"""Path of the layer, whether it is an embedding, and which factor a tensor is, or DoRA's sizes."""
 
 
 def scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
@@ -130,53 +77,59 @@ def updates(
     state: Mapping[str, StoredTensor | Skipped], config: Mapping[str, Any]
 ) -> Iterator[WeightMatrix | Skipped]:
     """The updates in an adapter's tensors; tensors that are no factors are passed over."""
-    pairs: dict[tuple[str, bool], dict[str, StoredTensor]] = {}
-    dora = bool(config.get("use_dora")) or any("lora_magnitude_vector" in key for key in state)
+    layers: dict[str, dict[str, StoredTensor]] = {}
+    embeddings = set[str]()
     for key, tensor in state.items():
         match = FACTOR.match(key)
         if match and isinstance(tensor, StoredTensor):
-            pair = pairs.setdefault((layer_name(match[1]), bool(match[2])), {})
-            pair[match[3]] = tensor
-    for (layer, embedding), pair in pairs.items():
-        reason = DORA if dora else _mismatch(pair)
+            layer = layer_name(match[1])
+            layers.setdefault(layer, {})[match[3]] = tensor
+            if match[2]:
+                embeddings.add(layer)
+    for layer, parts in layers.items():
+        reason = _mismatch(parts, config)
         if reason is not None:
             yield Skipped(f"{layer}{SUFFIX}", reason)
             continue
-        factors = _stored_factors(pair["A"], pair["B"], embedding)
-        transposed = embedding or bool(config.get("fan_in_fan_out"))
+        factors = _stored_factors(parts["A"], parts["B"], layer in embeddings)
+        transposed = layer in embeddings or bool(config.get("fan_in_fan_out"))
         factor = scaling(config, layer, factors.rank)
-        yield replace(factors, scaling=factor, transposed=transposed).matrix(layer)
+        update = replace(factors, scaling=factor, transposed=transposed).matrix(layer)
+        if MAGNITUDE in parts:
+            yield DoraUpdate(update.name, DORA, update, _all(parts[MAGNITUDE]), transposed)
+        else:
+            yield update
 
 
-def _mismatch(pair: Mapping[str, StoredTensor]) -> str | None:
-    if set(pair) != {"A", "B"}:
-        return f"only the factor {''.join(pair)} is there"
-    A, B = pair["A"].shape, pair["B"].shape
+def _mismatch(parts: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> str | None:
+    present = [part for part in parts if part != MAGNITUDE]
+    if len(present) != 2:
+        return f"only the factor {''.join(present)} is there" if present else "it has no factors"
+    if config.get("use_dora") and MAGNITUDE not in parts:
+        return "DoRA, but its magnitude vector is missing: save the adapter again"
+    A, B = parts["A"].shape, parts["B"].shape
     if len(A) < 2 or len(A) != len(B) or A[0] != B[1] or math.prod(B[2:]) != 1:
         return f"factors of shapes {B} and {A} have no product (a grouped convolution, perhaps)"
+    if MAGNITUDE in parts and math.prod(parts[MAGNITUDE].shape) != B[0]:
+        return f"DoRA: magnitudes of shape {parts[MAGNITUDE].shape} for {B[0]} outputs"
     return None
+
+
+def _all(stored: StoredTensor) -> Callable[[], Tensor]:
+    return lambda: stored.read(0, stored.shape[0]).flatten()
 
 
 def _stored_factors(A: StoredTensor, B: StoredTensor, embedding: bool) -> Factors:
     rank, inner, *kernel = A.shape
     out = B.shape[0]
     return Factors(
-        lambda: _positions(A.read(0, rank)),
+        lambda: positions(A.read(0, rank)),
         lambda: B.read(0, out).flatten(1),
         (math.prod(kernel), out, inner),
         rank,
-        _kind(A.ndim, embedding),
+        kind_of(A.ndim, embedding),
         A.dtype,
     )
-
-
-def _positions(A: Tensor) -> Tensor:
-    """The factor A of a convolution as one matrix for each position of the kernel."""
-    return A.flatten(2).permute(2, 0, 1) if A.ndim > 2 else A[None]
-
-
-def _kind(ndim: int, embedding: bool) -> str:
-    return f"conv{ndim - 2}d" if ndim > 2 else "embedding" if embedding else "dense"
 
 
 def factor_modules(module: nn.Module) -> list[nn.Module]:
@@ -209,13 +162,13 @@ def module_update(module: nn.Module, layer: str) -> WeightMatrix | Skipped | Non
     ]
     A, B = pairs[0]
     factors = Factors(
-        lambda: torch.cat([_positions(_whole(A)) for A, _ in pairs], 1),
+        lambda: torch.cat([positions(_whole(A)) for A, _ in pairs], 1),
         lambda: torch.cat(
             [_whole(B).flatten(1).double() * s for (_, B), s in zip(pairs, scales, strict=True)], 1
         ),
         (math.prod(A.shape[2:]), B.shape[0], A.shape[1]),
         sum(A.shape[0] for A, _ in pairs),
-        _kind(A.ndim, embedding),
+        kind_of(A.ndim, embedding),
         A.dtype,
         transposed=embedding or bool(getattr(wrapped, "fan_in_fan_out", False)),
         device=A.device,
@@ -240,7 +193,8 @@ def merged(
 ) -> Iterator[WeightMatrix | Skipped]:
     """The layers of a base model with an adapter's updates added, in float64, layer by layer.
 
-    A layer that the adapter holds as a whole (peft's `modules_to_save`) replaces the base's.
+    A layer that the adapter holds as a whole (peft's `modules_to_save`) replaces the base's. With DoRA
+    each output of a sum has the size that the adapter says.
 
     Raises:
         CheckpointError: If the adapter fits no layer of the base.
@@ -252,6 +206,8 @@ def merged(
         update = left.pop(f"{layer.name}{SUFFIX}", None)
         if update is None or isinstance(whole, Skipped):
             yield whole
+        elif isinstance(update, DoraUpdate):
+            yield _sum(whole, update.update, update.resized)
         elif isinstance(update, Skipped):
             yield replace(update, name=layer.name)
         else:
@@ -264,12 +220,16 @@ def merged(
         yield Skipped(name, "the base model has no layer of this name")
 
 
-def _sum(layer: WeightMatrix, update: WeightMatrix) -> WeightMatrix | Skipped:
+def _sum(
+    layer: WeightMatrix,
+    update: WeightMatrix,
+    finish: Callable[[Tensor], Tensor] = lambda total: total,
+) -> WeightMatrix | Skipped:
     if layer.shape != update.shape:
         return Skipped(layer.name, f"shape {layer.shape}, that of the update is {update.shape}")
 
     def load() -> Tensor:
-        return layer.stack.to(torch.float64, copy=True).add_(update.stack.to(layer.device))
+        return finish(layer.stack.to(torch.float64, copy=True).add_(update.stack.to(layer.device)))
 
     weights = Deferred(layer.shape, layer.dtype, load, layer.device, layer.collective)
     return replace(layer, weights=weights, read_only="a sum of weights and update", parameter=None)

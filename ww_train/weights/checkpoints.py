@@ -30,7 +30,6 @@ MAGIC: tuple[tuple[bytes, Reader], ...] = (
     (b"GGUF", gguf_file),
     (b"\x89HDF\r\n\x1a\n", keras_file),
     (b"\x93NUMPY", numpy_array),
-    (b"\x80", torch_file),  # a pickle, as torch wrote it before 1.6
 )
 """First bytes of formats that have their own."""
 
@@ -109,8 +108,10 @@ def _reader(path: Path, head: bytes) -> Reader:
             return reader
     if head.startswith(b"PK\x03\x04"):
         return _archive
-    if head[8:9] == b"{":
+    if head[8:9] == b"{":  # behind the length of the header, which may begin as a pickle does
         return safetensors
+    if head.startswith(b"\x80"):  # a pickle, as torch wrote it before 1.6
+        return torch_file
     raise CheckpointError(f"{path} {_unknown(path, head)}")
 
 

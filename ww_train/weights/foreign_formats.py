@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ww_train.weights.formats import Catalogue, naturally
+from ww_train.weights.slicing import grouped
 from ww_train.weights.stored import (
     CheckpointError,
     StoredTensor,
@@ -70,7 +71,9 @@ def onnx_model(path: Path) -> Catalogue:
         if len(tensor.dims) < 2 or tensor.name not in users:
             continue
         name = _onnx_name(tensor.name, users[tensor.name])
-        found[name] = _onnx_tensor(path, name, tensor)
+        read = _onnx_tensor(path, name, tensor)
+        groups = next((a.i for a in users[tensor.name].attribute if a.name == "group"), 1)
+        found[name] = read if isinstance(read, Skipped) else grouped(read, groups)
     return found
 
 
@@ -185,17 +188,22 @@ def keras_file(path: Path) -> Catalogue:
         old = "model_weights" in file
         datasets = (_keras2 if old else _keras3)(file["model_weights"] if old else file)
         found = {name: _keras_tensor(path, name, dataset) for dataset, name in datasets}
-    order = {layer: i for i, layer in enumerate(_layer_names(path))}
+    layers = _layers(path)
+    order = {layer: i for i, layer in enumerate(layers)}
     names = sorted(naturally(found), key=lambda n: order.get(n.partition(".")[0], len(order)))
+    for name in names:
+        if isinstance(read := found[name], StoredTensor) and name in layers:
+            found[name] = grouped(read, layers[name].get("groups", 1))
     return {f"{name}.weight": found[name] for name in names}
 
 
-def _layer_names(path: Path) -> list[str]:
+def _layers(path: Path) -> dict[str, dict[str, Any]]:
+    """The configurations of a model's layers by name, in its order, where the file has them."""
     if not zipfile.is_zipfile(path):
-        return []
+        return {}
     with zipfile.ZipFile(path) as archive:
         layers = json.loads(archive.read("config.json"))["config"].get("layers", [])
-    return [layer["config"].get("name", "") for layer in layers]
+    return {layer["config"].get("name", ""): layer["config"] for layer in layers}
 
 
 def _keras3(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[Any, str]]:

@@ -84,7 +84,7 @@ def weight_matrices(source: Source) -> Iterator[WeightMatrix | Skipped]:
         One `WeightMatrix` or `Skipped` a layer. Nothing is copied, moved, gathered or synchronised,
         and of files only the headers are read. Layers of files are known by name and shape alone, so
         that "embedding" and "conv2d" are guesses, and a grouped convolution is taken for a plain one
-        of fewer channels.
+        of fewer channels, unless the file holds the program too (ONNX, Keras, torch.export).
 
     Raises:
         TypeError: If `source` is none of these.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -14,6 +15,22 @@ from torch import Tensor, nn
 
 from ww_train.weights.stored import Deferred, StoredTensor
 from ww_train.weights.weight_matrix import Skipped, WeightMatrix, layer_name
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedTensor(StoredTensor):
+    """The weight of a convolution in a file that says how many groups it has."""
+
+    groups: int = 1
+
+
+def grouped(tensor: StoredTensor, groups: int) -> StoredTensor:
+    """The tensor as the weight of a convolution with so many groups."""
+    if groups == 1 or tensor.ndim < 3:
+        return tensor
+    kept = {field.name: getattr(tensor, field.name) for field in fields(StoredTensor)}
+    return GroupedTensor(**kept, groups=groups)
+
 
 CONV_SCALE = math.sqrt(0.5)
 """Factor on every slice of a convolution: WeightWatcher's `conv2d_norm` for a pooled spectrum."""
@@ -39,7 +56,9 @@ def of_parameter(
     | any other 3-D parameter (fused experts) | one per leading index | many |
 
     Without an owner the shape and the name decide: 4-D and 5-D are convolutions, 3-D is Conv1d if
-    its name ends in "weight" and experts otherwise.
+    its name ends in "weight" and experts otherwise. Groups are known of modules, and of ONNX, Keras
+    and export archives, which hold the program. State dicts, safetensors and GGUF do not say them: a
+    grouped convolution is taken for a plain one of fewer inputs, with other eigenvalues.
 
     Args:
         parameter: Full path of the parameter.
@@ -107,8 +126,17 @@ def _of_stored(
         yield Skipped(layer_name(parameter), reason)
         return
     locked = tensor.read_only or "in a file"
-    for label, kind, view, scale in _stacks(parameter, like, None, siblings):
-        weights = Deferred(_shape(view), tensor.dtype, partial(tensor.part, view))
+    groups = tensor.groups if isinstance(tensor, GroupedTensor) else 1
+
+    def copied(index: int) -> Tensor:
+        stacks = _stacks(parameter, tensor.part(like), None, siblings, groups)
+        return next(islice(stacks, index, None))[2]
+
+    for i, (label, kind, view, scale) in enumerate(
+        _stacks(parameter, like, None, siblings, groups)
+    ):
+        load = partial(tensor.part, view) if view._base is like else partial(copied, i)
+        weights = Deferred(_shape(view), tensor.dtype, load)
         yield WeightMatrix(f"{layer_name(parameter)}{label}", kind, weights, scale, locked)
 
 
@@ -149,12 +177,16 @@ def _shape(stack: Tensor) -> tuple[int, int, int]:
 
 
 def _stacks(
-    parameter: str, tensor: Tensor, owner: nn.Module | None, siblings: Mapping[str, object] | None
+    parameter: str,
+    tensor: Tensor,
+    owner: nn.Module | None,
+    siblings: Mapping[str, object] | None,
+    groups: int = 1,
 ) -> Iterator[tuple[str, str, Tensor, float]]:
     """Suffix of the name, layer type, stack of slices and scale of each matrix of a parameter."""
     last = parameter.rpartition(".")[2]
     if _is_conv(tensor, owner, last):
-        groups = owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else 1
+        groups = owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else groups
         # (g * out, in, *kernel) -> (g, out, in, positions) -> (positions * g, out, in)
         kernels = tensor.flatten(2)
         kernels = kernels.view(groups, -1, *kernels.shape[1:])

@@ -1,9 +1,10 @@
-"""The figures of `WeightWatcher.analyze(plot=True)`, as files under WeightWatcher's names."""
+"""The figures of `WeightWatcher`'s `plot=True`, as files under WeightWatcher's names."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Draw = Callable[[LayerReport], "Figure"]
+
+Figures = Callable[[LayerReport], Iterator[tuple[str, Draw]]]
+"""WeightWatcher's names of the figures of a layer, and what draws each."""
 
 
 def check_drawing(folder: str) -> None:
@@ -34,8 +38,7 @@ def save_figures(
     layers: Sequence[NumberedLayer],
     folder: str,
     *,
-    erg: bool,
-    deltas: bool,
+    draw: Figures,
 ) -> list[Path]:
     """Draw every layer into `ww.layer<id>.<figure>.png`; nothing is shown or left open.
 
@@ -46,8 +49,7 @@ def save_figures(
         report: What was measured of these layers.
         layers: The layers, in the order in which they were measured.
         folder: Where to write; existing files of these names are replaced.
-        erg: Draw the ERG condition.
-        deltas: Draw the level spacings.
+        draw: Which figures: `analysis_figures` or `shuffled_figures`.
 
     Returns:
         The files.
@@ -59,16 +61,16 @@ def save_figures(
         plot_id = str(number) if row.slice_id is None else f"{number}-{row.slice_id}"
         if shared[number, row.slice_id] > 1:
             plot_id += f"-{row.name.rpartition('.')[2]}"
-        for name, draw in _figures(row, erg=erg, deltas=deltas):
+        for name, figure in draw(row):
             path = Path(folder) / f"ww.layer{plot_id}.{name}.png"
             with exports.replacing(path) as temporary:
-                draw(row).savefig(temporary, format="png")
+                figure(row).savefig(temporary, format="png")
             paths.append(path)
     return paths
 
 
-def _figures(layer: LayerReport, *, erg: bool, deltas: bool) -> Iterator[tuple[str, Draw]]:
-    """WeightWatcher's names of what was measured of a layer, and what draws it."""
+def analysis_figures(layer: LayerReport, *, erg: bool, deltas: bool) -> Iterator[tuple[str, Draw]]:
+    """What was measured of a layer; with `erg` the ERG condition, with `deltas` level spacings."""
     from ww_train import plots
 
     yield "esd", plots.esd
@@ -85,3 +87,13 @@ def _figures(layer: LayerReport, *, erg: bool, deltas: bool) -> Iterator[tuple[s
         yield "level-stats", plots.level_spacings
     if layer.localization:
         yield "vector_metrics", plots.vector_metrics
+
+
+def shuffled_figures(layer: LayerReport) -> Iterator[tuple[str, Draw]]:
+    """The random bulk of the shuffled layer; its spikes are correlation traps."""
+    from ww_train import plots
+
+    if layer.shuffled and layer.traps:
+        name = f"{layer.name}, shuffled"
+        shuffled = replace(layer, name=name, spectrum=layer.shuffled, mp=layer.traps.mp)
+        yield "mpfit2", lambda _: plots.mp_fit(shuffled)

@@ -1,53 +1,37 @@
-"""The class `WeightWatcher`: its methods, in terms of `ww_train`."""
+"""The class `WeightWatcher`: its methods that measure, in terms of `ww_train`."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ww_train.analysis import measure
-from ww_train.editing.edits import Editable, Edits
-from ww_train.editing.smoothing import Smoothed, svd_smoothing_
-from ww_train.editing.trap_removal import TrapsRemoved, remove_traps_
 from ww_train.marchenko_pastur import BulkFit
 from ww_train.power_law import TailFit
-from ww_train.report import Report
 from ww_train.spectrum import Array
 from ww_train.weights.matrices import Source, WeightMatrix, reasons, slices
 from ww_train.weightwatcher.distances import distance_table
-from ww_train.weightwatcher.figures import check_drawing, save_figures
-from ww_train.weightwatcher.layers import (
-    NumberedLayer,
-    PeerLayers,
-    adapted_layers,
-    chosen_layers,
-    numbered_layers,
-)
+from ww_train.weightwatcher.editing import Editing
+from ww_train.weightwatcher.figures import analysis_figures, check_drawing, save_figures
+from ww_train.weightwatcher.layers import PeerLayers, chosen_layers, numbered_layers
 from ww_train.weightwatcher.options import (
     FINGER_THRESH,
     FOLDER,
     MAX_FINGERS,
-    PERCENT,
     eigensolver,
     figure_folder,
     limit,
     refuse,
-    refuse_framework,
-    smoothing_rule,
     tail_fit,
-    verbose,
 )
 from ww_train.weightwatcher.tables import description, details_table
+from ww_train.weightwatcher.watched import MAX_EVALS, MAX_N, MIN_EVALS, within_limits
 
 if TYPE_CHECKING:
     import pandas as pd
-
-MIN_EVALS, MAX_EVALS, MAX_N = 8, 15000, 50000
-"""WeightWatcher's limits: smaller and larger layers are left out."""
 
 TOLERANCE = 1e-6
 """Below this share of the largest, eigenvalues count in `weak_rank_loss`."""
@@ -59,7 +43,7 @@ SUMMARY = (
 """Columns whose means `get_summary` gives."""
 
 
-class WeightWatcher:
+class WeightWatcher(Editing):
     """WeightWatcher's interface.
 
     Layers are chosen by `layers=`: ids as in the column `layer_id`, names as in `name` or `longname`,
@@ -76,25 +60,9 @@ class WeightWatcher:
         base_model: The base model of the constructor, which calls without a base model use.
         details: The table of the last `analyze`, or None.
         report: The same as plain numbers, `ww_train.Report`, for `ww_train.plots` and others.
-        figures: The files that the last `analyze(plot=True)` wrote.
+        figures: The files that the last call with `plot=True` wrote.
         edits: What the last `SVDSmoothing` or `SVDSharpness` did to each layer.
     """
-
-    def __init__(
-        self,
-        model: Source | None = None,
-        framework: str | None = None,
-        base_model: Source | None = None,
-        log_level: int | str | None = None,
-    ) -> None:
-        refuse_framework(framework)
-        self.model = model
-        self.base_model = base_model
-        self.details: pd.DataFrame | None = None
-        self.report: Report | None = None
-        self.figures: list[Path] = []
-        self.edits: Edits[Smoothed] | Edits[TrapsRemoved] | None = None
-        self._verbose = verbose(log_level)
 
     def analyze(
         self,
@@ -228,7 +196,8 @@ class WeightWatcher:
             warnings.warn(f"no layer could be analysed ({reasons(report.skipped)})", stacklevel=2)
         self.figures = []
         if folder is not None:
-            self.figures = save_figures(report, found, folder, erg=erg, deltas=deltas)
+            figures = partial(analysis_figures, erg=erg, deltas=deltas)
+            self.figures = save_figures(report, found, folder, draw=figures)
             self._say(f"{len(self.figures)} figures in {folder}")
         self.report = report
         self.details = details_table(
@@ -381,135 +350,6 @@ class WeightWatcher:
             ValueError: If the models have no layer in common.
         """
         refuse(channels=channels)
-        found = _within_limits(chosen_layers(numbered_layers(model_1, start_ids), layers))
+        found = within_limits(chosen_layers(numbered_layers(model_1, start_ids), layers))
         table = distance_table(model_1, found, model_2, method=method, pool=pool)
         return float(table["delta_W"].mean()), float(table["delta_b"].mean()), table
-
-    def SVDSmoothing(
-        self,
-        model: Source | None = None,
-        percent: float = PERCENT,
-        *,
-        pool: bool = True,
-        layers: PeerLayers | None = (),
-        method: str = "detX",
-        fit: str | TailFit = "PL",
-        plot: bool = False,
-        start_ids: int = 0,
-        svd_method: str = "fast",
-    ) -> Source:
-        """Delete singular values of every layer, in place, as WeightWatcher does.
-
-        To keep the model use `ww_train.editing.smoothing.smoothed`, which changes a copy; for files
-        `ww_train.editing.smoothing.smooth_checkpoint`.
-
-        Args:
-            model: A module, a state dict or a tensor, if it is not that of the constructor.
-            percent: Share of the singular values that method "svd" keeps; below zero, the share of
-                the largest that it deletes.
-            pool: Not supported.
-            layers: Which layers; see the class.
-            method: What to keep: "detX", the ERG tail; "alpha_min", the power-law tail; "rmt", what
-                lies above the random bulk; "svd", `percent`; "auto", "rmt" if alpha is above 6, else
-                "detX".
-            fit: Of "alpha_min".
-            plot: Not supported.
-            start_ids: The first id.
-            svd_method: "fast" or "accurate"; both are done in float64.
-
-        Returns:
-            The model itself; what was done to each layer is in `edits`.
-
-        Raises:
-            TypeError: If the model cannot be changed in place.
-            ValueError: If an argument is not supported or there is no such layer.
-        """
-        refuse(pool=pool, plot=plot)
-        eigensolver(svd_method)
-        rule = smoothing_rule(method, percent, fit)
-        target, names = self._editable(model, layers, start_ids)
-        self.edits = svd_smoothing_(target, rule=rule, layers=names) if names else Edits((), ())
-        return target
-
-    def SVDSharpness(
-        self,
-        model: Source | None = None,
-        *,
-        pool: bool = True,
-        layers: PeerLayers | None = (),
-        plot: bool = False,
-        start_ids: int = 0,
-    ) -> Source:
-        """Take the correlation traps out of every layer, in place.
-
-        WeightWatcher deletes the layer's largest singular values instead, which is what the layer has
-        learned. Here the entries and means that make the traps go, and the rest stays.
-
-        Args:
-            model: A module, a state dict or a tensor, if it is not that of the constructor.
-            pool: Not supported.
-            layers: Which layers; see the class.
-            plot: Not supported.
-            start_ids: The first id.
-
-        Returns:
-            The model itself; what was done to each layer is in `edits`.
-
-        Raises:
-            TypeError: If the model cannot be changed in place.
-            ValueError: If an argument is not supported or there is no such layer.
-        """
-        refuse(pool=pool, plot=plot)
-        target, names = self._editable(model, layers, start_ids)
-        self.edits = remove_traps_(target, layers=names) if names else Edits((), ())
-        return target
-
-    def _source(self, model: Source | None) -> Source:
-        """The model to use, which later calls use too."""
-        if model is not None:
-            self.model = list(model) if isinstance(model, Iterator) else model
-        if self.model is None:
-            raise ValueError("there is no model: pass WeightWatcher(model=...) or model=...")
-        return self.model
-
-    def _layers(
-        self,
-        model: Source | None,
-        layers: PeerLayers | None,
-        start_ids: int,
-        base_model: Source | None,
-        peft: bool | str,
-        *,
-        conv2d_norm: bool = True,
-    ) -> list[NumberedLayer]:
-        found = numbered_layers(self._source(model), start_ids)
-        if peft:
-            found = adapted_layers(found, base_model, peft)
-        found = chosen_layers(found, layers)
-        return found if conv2d_norm else [layer.without_scale() for layer in found]
-
-    def _layer(self, model: Source | None, layer: int | str | None) -> NumberedLayer:
-        found = numbered_layers(self._source(model))
-        chosen = chosen_layers(found, () if layer is None else layer)
-        if not chosen:
-            raise ValueError("the model holds no matrix")
-        return chosen[0]
-
-    def _editable(
-        self, model: Source | None, layers: PeerLayers | None, start_ids: int
-    ) -> tuple[Editable, list[str]]:
-        """The model, and the names of those of its layers that `analyze` would analyse."""
-        target = self._source(model)
-        chosen = chosen_layers(numbered_layers(target, start_ids), layers)
-        return cast("Editable", target), [layer.longname for layer in _within_limits(chosen)]
-
-    def _say(self, text: str) -> None:
-        if self._verbose:
-            print(text)
-
-
-def _within_limits(layers: list[NumberedLayer]) -> list[NumberedLayer]:
-    """The layers that `analyze` does not leave out by default."""
-    table = description(layers, min_evals=MIN_EVALS, max_evals=MAX_EVALS, max_N=MAX_N)
-    names = set(table["longname"])
-    return [layer for layer in layers if layer.longname in names]
