@@ -23,7 +23,7 @@ from .loggers import Logger
 from .sharing import Ranks, ranks_of
 from .steering import end_epochs, find_wwpgd, known_spectra, projection_scalars, wwpgds
 from .summary import Summary
-from .survey import Moment, Occasion, Survey, Taken, undisturbed
+from .survey import Moment, Occasion, Survey, Taken, acquaint, undisturbed
 from .timeline import Timeline
 
 if TYPE_CHECKING:
@@ -311,6 +311,8 @@ class SpectralMonitor:
             warn = partial(self._warn, "project")
             self.projected = end_epochs(found, model, ranks, warn)
             known = known_spectra(self.projected, found, model)
+            if due:
+                self._attempt(partial(acquaint, model))  # not the cost of watching this training
             with self.budget.watching() as spent:
                 earlier = self._finished(ranks, spent, wait=last)
                 occasion = Occasion(model, moment, ranks, known, due, last)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ww_train import Report, Skipped, measure
+from ww_train.calibration import costs_of
 from ww_train.decomposition import work
 from ww_train.measurement import FIT
 from ww_train.selection import Layers, select
@@ -201,6 +202,14 @@ def undisturbed(model: nn.Module, *, wait: bool = True) -> Iterator[None]:
         if wait and kinds - {"cpu", "meta"}:
             torch.accelerator.synchronize()
         yield
+
+
+def acquaint(model: nn.Module) -> None:
+    """Have the costs of the model's accelerators measured, which takes seconds, once a machine."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    for device in {p.device for p in parameters}:
+        if device.type not in ("cpu", "meta"):
+            costs_of(device)
 
 
 def work_of(matrix: WeightMatrix | Skipped) -> float:
