@@ -62,7 +62,7 @@ def train(name: str, args: argparse.Namespace) -> tuple[Report, Report, float]:
     before = measure(model, randomize=True)
     trainer = pl.Trainer(
         max_epochs=args.epochs,
-        callbacks=[WeightWatcherCallback(budget=None)],  # the one line that watches
+        callbacks=[WeightWatcherCallback()],  # the one line that watches
         logger=TensorBoardLogger(args.log_dir, name=name, version=""),
         accelerator=args.device,
         devices=1,
@@ -109,8 +109,9 @@ def main() -> None:
     start, adamw, adamw_accuracy = train("AdamW", args)
     _, wwpgd, wwpgd_accuracy = train("WWPGD(AdamW)", args)
     print("\n" + table({"at the start": start, "AdamW": adamw, "WWPGD(AdamW)": wwpgd}))
-    print("\nmalformed: the tail is no power law. WWPGD steers fc1 and fc2 to alpha 2 and ERG")
-    print("gap 0 over its first six epochs; fc3 has too few eigenvalues for it.")
+    print("\nrandom-like: nothing learned that the spectrum shows; trapped: weights that stand out of")
+    print("the noise, or that lean to one side. WWPGD steers fc1 and fc2 to alpha 2 and ERG gap 0")
+    print("over its first six epochs; fc3 has too few eigenvalues for it.")
     print(f"test accuracy: AdamW {adamw_accuracy:.1f} %, WWPGD(AdamW) {wwpgd_accuracy:.1f} %")
     print(f"\nsee the curves:  tensorboard --logdir {args.log_dir}")
 

@@ -32,7 +32,7 @@ def test_a_table_of_what_a_person_wants_to_know():
     assert best.split()[:3] == ["fc1", "5.00", "3.25"]
     assert best.split()[-1] == "well-trained"
     assert below == [
-        "the model: mostly over-trained (1 of 2 layers); 1 well-trained",
+        "the model: 1 of 2 layers over-trained; 1 well-trained",
         "watching took 1.2 s, 1.2 % of training time",
     ]
 

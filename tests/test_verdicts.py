@@ -138,10 +138,10 @@ def test_advice_on_traps_is_silent_on_a_tail_that_needs_nothing():
         (["critical"], "critical (1 layer)"),
         (["critical"] * 3, "critical (3 layers)"),
         (["critical", "trapped", "critical"], "mostly critical (2 of 3 layers); 1 trapped"),
-        (["random-like", "malformed"] * 2, "mostly random-like (2 of 4 layers); 2 malformed"),
+        (["random-like", "malformed"] * 2, "2 of 4 layers random-like; 2 malformed"),
         (
             ["well-trained"] * 3 + ["under-trained", "trapped", "over-trained"],
-            "mostly well-trained (3 of 6 layers); 1 trapped, 1 over-trained, 1 under-trained",
+            "3 of 6 layers well-trained; 1 trapped, 1 over-trained, 1 under-trained",
         ),
     ],
 )
@@ -150,7 +150,7 @@ def test_the_verdict_of_a_model(verdicts, line):
 
 
 def test_of_equally_common_verdicts_the_worst_leads():
-    assert model_verdict(["critical", "trapped"]) == "mostly trapped (1 of 2 layers); 1 critical"
+    assert model_verdict(["critical", "trapped"]) == "1 of 2 layers trapped; 1 critical"
 
 
 def test_a_report_tells_both():

@@ -121,7 +121,10 @@ def model_verdict(verdicts: Sequence[str]) -> str:
     if len(counts) == 1:
         return f"{most} ({_layers(len(verdicts))})"
     others = ", ".join(f"{counts[word]} {word}" for word in order if word != most)
-    return f"mostly {most} ({counts[most]} of {_layers(len(verdicts))}); {others}"
+    share = f"{counts[most]} of {_layers(len(verdicts))}"
+    if 2 * counts[most] > len(verdicts):
+        return f"mostly {most} ({share}); {others}"
+    return f"{share} {most}; {others}"
 
 
 def _untrapped(fit: PowerLawFit | None, random_like: bool) -> Verdict:
