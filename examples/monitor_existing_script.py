@@ -68,7 +68,7 @@ def main() -> None:
         }
     )
     sentence = (
-        f"After {args.epochs} epochs the test accuracy is {accuracy:.1f} % and the layers are "
+        f"After {args.epochs} epochs the test accuracy is {accuracy:.1f} %; in one line: "
         f"{monitor.verdict}. Watching took {monitor.budget.spent:.2f} s, "
         f"{100 * monitor.budget.overhead:.1f} % of the training time. One seed."
     )
