@@ -20,7 +20,10 @@ LOAD_BYTES = 1 << 28
 """Weights of small layers that may be in memory at a time, where they are loaded as they are needed."""
 
 LARGE = 1024
-"""On the CPU, smaller Gram matrices get one core each; larger ones all cores, one after another."""
+"""On the CPU, smaller Gram matrices get one core each; larger ones all cores, one after another.
+
+Up to twice this size they get one core each as long as there is one for every core.
+"""
 
 
 def work(N: int, M: int, rf: int = 1) -> float:
@@ -78,13 +81,10 @@ def decompose(
         with torch.no_grad():
             return [solver(stack) for stack in jobs[i].stacks()]
 
-    cpu = [i for i, job in enumerate(jobs) if job.device.type == "cpu"]
-    small = [i for i in cpu if jobs[i].M < LARGE]
-    large = [i for i in cpu if jobs[i].M >= LARGE]
-    if torch.get_num_threads() == 1 or len(small) < 2:
-        small, large = [], small + large
-    yield from _on_all_cores(jobs, small, solve)
-    yield from _one_after_another(jobs, large, solve)
+    on_cpu = [(i, job.M) for i, job in enumerate(jobs) if job.device.type == "cpu"]
+    together, in_turn = _spread(on_cpu)
+    yield from _on_all_cores(jobs, together, solve)
+    yield from _one_after_another(jobs, in_turn, solve)
     for device in dict.fromkeys(job.device for job in jobs if job.device.type != "cpu"):
         chosen = [i for i, job in enumerate(jobs) if job.device == device]
         if solver is gram_eigenvalues:
@@ -95,6 +95,22 @@ def decompose(
                 evals = [part.cpu() for part in solve(i)]
                 yield i, evals
                 jobs[i].release()
+
+
+def _spread(sizes: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Of positions with their sizes, which get one core each, and which all cores in turn.
+
+    Small ones come first, whatever the number of cores: processes that load together rely on it.
+    """
+    small = [i for i, M in sizes if M < LARGE]
+    medium = [i for i, M in sizes if LARGE <= M <= 2 * LARGE]
+    large = [i for i, M in sizes if M > 2 * LARGE]
+    cores = torch.get_num_threads()
+    whole = len(medium) // cores * cores
+    together = small + medium[:whole]
+    if cores == 1 or len(together) < 2:
+        return [], small + medium + large
+    return together, medium[whole:] + large
 
 
 def _begin(job: Job, reader: Executor) -> Callable[[], object]:

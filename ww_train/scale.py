@@ -188,7 +188,7 @@ def _eigenvalues(costs: Costs, M: int, number: int) -> float:
     """As `decompose` does it: on the CPU one core for a small matrix, all cores for a large one."""
     if costs.machine.kind != "cpu":
         return costs.eigenvalue_seconds(M, number)
-    return number * (costs.batched if M < LARGE else costs.looped)(M)
+    return number * (costs.batched if M <= 2 * LARGE else costs.looped)(M)
 
 
 def _one_core(matrix: WeightMatrix, costs: Costs) -> bool:
