@@ -127,7 +127,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Agenda:
     """What to measure now, by position in the model.
 
     Attributes:
@@ -141,7 +141,7 @@ class Plan:
     work: float = 0.0
 
 
-def plan(candidates: Sequence[Candidate], affordable: float) -> Plan:
+def plan(candidates: Sequence[Candidate], affordable: float) -> Agenda:
     """Choose what to measure for so many operations.
 
     Everything if it fits. Else the spectra of all layers, and the traps of those whose count is the
@@ -151,23 +151,23 @@ def plan(candidates: Sequence[Candidate], affordable: float) -> Plan:
     """
     total = sum(layer.work for layer in candidates)
     if total <= affordable:
-        return Plan(tuple(layer.layer_id for layer in candidates), (), total)
+        return Agenda(tuple(layer.layer_id for layer in candidates), (), total)
     stalest = sorted(candidates, key=lambda layer: (layer.shuffled, layer.measured, layer.layer_id))
     spectra = sum(layer.spectrum for layer in candidates)
     chosen, work = _first(stalest, [layer.shuffles for layer in stalest], affordable - spectra)
     if chosen:
         rest = {layer.layer_id for layer in candidates} - chosen
-        return Plan(tuple(sorted(chosen)), tuple(sorted(rest)), spectra + work)
+        return Agenda(tuple(sorted(chosen)), tuple(sorted(rest)), spectra + work)
     chosen, work = _first(stalest, [layer.work for layer in stalest], affordable)
-    return Plan(tuple(sorted(chosen)), (), work)
+    return Agenda(tuple(sorted(chosen)), (), work)
 
 
-def with_spectra(chosen: Plan, candidates: Sequence[Candidate]) -> Plan:
+def with_spectra(chosen: Agenda, candidates: Sequence[Candidate]) -> Agenda:
     """The same plan with the spectra of all these layers, affordable or not."""
     missing = [c for c in candidates if c.layer_id not in {*chosen.whole, *chosen.spectra}]
     spectra = (*chosen.spectra, *(layer.layer_id for layer in missing))
     work = chosen.work + sum(layer.spectrum for layer in missing)
-    return Plan(chosen.whole, tuple(sorted(spectra)), work)
+    return Agenda(chosen.whole, tuple(sorted(spectra)), work)
 
 
 def _first(

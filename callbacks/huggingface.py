@@ -125,13 +125,13 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         self._first = _earlier(self, callbacks)
         if self._first is not None:
             return
-        saved = _states(state).setdefault(type(self).__name__, self.state())
+        saved = _states(state).setdefault(type(self).__name__, self._entry())
         self.last_step = -1
         if state.global_step > 0:
             attributes = (saved[0] if isinstance(saved, list) else saved)["attributes"]
             self.watched, self.last_step = attributes["watched"], attributes["last_step"]
         others = [c for c in callbacks if c is not self and reports(c)]
-        reporters = [Reporter(c, lambda: self._event if self._training else {}) for c in others]
+        reporters = [Reporter(c, self._event_of) for c in others]
         ranks = _ranks(args, state, kwargs.get("model"))
         self.monitor.begin(
             step=state.global_step, log_to=[self._to_log_history, *reporters], ranks=ranks
@@ -159,6 +159,15 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         epoch = math.floor(state.epoch or 0.0)
         self._boundary(args, state, control, epoch=epoch, project=False, due=True, **kwargs)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """In the background: copy what is due, behind the checkpoint of the last step."""
+        if self._first is None and self.monitor.survey.waiting:
+            epoch = math.floor(state.epoch or 0.0)
+            with self._at(args, state, control, **kwargs):
+                self.monitor.advance(kwargs["model"], epoch=epoch, step=state.global_step)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -169,9 +178,6 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         elif every and state.global_step % every == 0:
             epoch = math.floor(now)
             self._boundary(args, state, control, epoch=epoch, project=False, due=True, **kwargs)
-        elif self._first is None and self.monitor.survey.waiting:
-            with self._at(args, state, control, **kwargs):
-                self.monitor.advance(kwargs["model"], epoch=math.floor(now), step=state.global_step)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -243,6 +249,7 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
                 project=project,
                 due=True if complete and self.monitor.at_end else due,
                 last=over and self.monitor.background,
+                begin=False,
             )
             if over:
                 self.monitor.draw(epoch=epoch, step=state.global_step)
@@ -264,9 +271,23 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         if self.monitor.should_stop:
             control.should_training_stop = True
 
+    def _event_of(self, step: int) -> dict[str, Any]:
+        """The present event, as if it were that of a step; empty if reporters have closed."""
+        if not self._training or not self._event:
+            return {}
+        return {**self._event, "state": self._state_of(step)}
+
+    def _state_of(self, step: int) -> TrainerState:
+        """The trainer's state; of an earlier step a copy with that step and its epoch."""
+        state: TrainerState = self._event["state"]
+        if step != state.global_step:
+            state = copy.copy(state)
+            state.global_step, state.epoch = step, self.history[-1]["epoch"]
+        return state
+
     def _to_log_history(self, scalars: Mapping[str, float], step: int) -> None:
         """The summaries, as a row of the trainer's own log."""
-        state: TrainerState = self._event["state"]
+        state = self._state_of(step)
         summaries = {tag: value for tag, value in scalars.items() if tag.startswith("ww/")}
         state.log_history.append({**summaries, "epoch": state.epoch or 0, "step": step})
 

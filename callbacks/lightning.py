@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from .options import MonitorOptions
 
 
+PRESENTATION = ("background", "budget", "summary")
+"""Settings that may differ when a training is resumed: the numbers are the same."""
+
+
 class WeightWatcherCallback(pl.Callback):
     """Measures and logs the spectrum of every layer at the end of each training epoch.
 
@@ -70,7 +74,9 @@ class WeightWatcherCallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """Key of this callback in checkpoints; two with different settings do not clash."""
-        return self._generate_state_key(**self.monitor.settings)
+        every = self.monitor.settings
+        told = {name: every[name] for name in every if name not in PRESENTATION}
+        return self._generate_state_key(**told)
 
     # not by state_dict(): Lightning would refuse a callback that was given twice
 
@@ -115,6 +121,19 @@ class WeightWatcherCallback(pl.Callback):
         if self.monitor.at_start and (late or trainer.global_step == 0):
             self._boundary(trainer, pl_module, epoch=trainer.current_epoch, project=False, due=True)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any, **_kwargs: Any
+    ) -> None:
+        """In the background: copy what is due, behind the checkpoint of the last step."""
+        if self._idle or trainer.fit_loop._skip_backward:
+            return
+        epoch, step = trainer.current_epoch, trainer.global_step
+        x = max(0, _x(trainer) - 1)  # what it was behind the last batch
+        if self.monitor.advance(pl_module, epoch=epoch, step=step, log_step=x):
+            self._publish(trainer, pl_module, on_step=True)
+        if self.monitor.should_stop:
+            self._obey(trainer)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_args: Any, **_kwargs: Any
     ) -> None:
@@ -129,11 +148,6 @@ class WeightWatcherCallback(pl.Callback):
             self._publish(trainer, pl_module, on_step=True)
         elif every and step % every == 0 and step != self._last_step:
             self._boundary(trainer, pl_module, epoch=trainer.current_epoch, project=False, due=True)
-            self._publish(trainer, pl_module, on_step=True)
-        elif self.monitor.advance(
-            pl_module, epoch=trainer.current_epoch, step=step, log_step=_x(trainer)
-        ):
-            self._obey(trainer)
             self._publish(trainer, pl_module, on_step=True)
 
     def on_exception(
@@ -176,6 +190,7 @@ class WeightWatcherCallback(pl.Callback):
             step=trainer.global_step,
             project=project,
             due=due,
+            begin=False,
             log_step=_x(trainer),
         )
         self._obey(trainer)

@@ -136,6 +136,7 @@ class SpectralMonitor:
         self.projected: tuple[Projected | Skipped, ...] = ()
         self.should_stop = False
         self._ranks: Ranks | None = None
+        self._latest_ranks = Ranks()
         self._epochs = self._steps = 0
         self.budget.start()
 
@@ -194,8 +195,7 @@ class SpectralMonitor:
         """
         self._steps += 1
         if not self.every_n_steps or self._steps % self.every_n_steps:
-            more = self.survey.waiting
-            return self._own_boundary(project=False, due=False) if more else {}
+            return self._own_boundary(project=False, due=False) if self._more else {}
         return self._own_boundary(project=False, due=True)
 
     def epoch_end(self, *, project: bool = True) -> dict[str, float]:
@@ -262,6 +262,7 @@ class SpectralMonitor:
             log_to: Loggers of the framework.
             ranks: The processes that train the model, where the model itself does not tell.
         """
+        self.survey.cancel()
         self.logbook.of_framework, self._ranks = tuple(log_to), ranks
         self.should_stop = False
         if step == 0:
@@ -278,6 +279,7 @@ class SpectralMonitor:
         project: bool = True,
         due: bool | None = None,
         last: bool = False,
+        begin: bool = True,
         log_step: int | None = None,
     ) -> dict[str, float]:
         """Project, measure, log and record, at the end of an epoch or at any other time.
@@ -292,16 +294,19 @@ class SpectralMonitor:
             project: False to only measure.
             due: Whether to measure; by default at every n-th epoch.
             last: Training is over: measure every spectrum, also beyond the budget.
+            begin: With `background`, False if `advance` will be called before the next step: the
+                weights are copied then, and a checkpoint in between has nothing to wait for.
             log_step: The x of the loggers, if it is not the step.
 
         Returns:
             Tags and plain floats for any logger: those of `Report.scalars`, layers only if they were
             measured now, summaries over the latest numbers of all; `ww/num_measured`, `ww/seconds`
-            and `ww/overhead`, what measuring took now and as a fraction of the training time so far;
+            and `ww/overhead`, what measuring took now (with `background`, its thread) and what
+            watching took of the training time so far;
             after a projection `ww/distance_mean`, `ww/strength` and `ww_distance/<layer>` (distance
             to criticality before it). Empty if nothing was due or affordable.
         """
-        ranks = self._ranks or ranks_of(model)
+        ranks = self._latest_ranks = self._ranks or ranks_of(model)
         self._warn.silent = not ranks.first
         moment = Moment(epoch, step, step if log_step is None else log_step)
         if due is None:
@@ -315,7 +320,8 @@ class SpectralMonitor:
                 self._attempt(partial(acquaint, model))  # not the cost of watching this training
             with self.budget.watching() as spent:
                 earlier = self._finished(ranks, spent, wait=last)
-                occasion = Occasion(model, moment, ranks, known, due, last)
+                begin = begin or ranks.group is not None  # `advance` is not for several ranks
+                occasion = Occasion(model, moment, ranks, known, due, last, begin)
                 take = partial(self.survey.take, occasion, self.timeline, self.budget)
                 taken = self._attempt(take, f" in epoch {epoch}")
                 projection = projection_scalars(self.projected)
@@ -324,7 +330,7 @@ class SpectralMonitor:
     def advance(
         self, model: nn.Module, *, epoch: int, step: int, log_step: int | None = None
     ) -> dict[str, float]:
-        """After any step: with `background`, log what is ready and copy what is to be measured next.
+        """Before any step: with `background`, log what is ready and copy what is to be measured next.
 
         Costs nothing where there is neither, and waits for nothing. With several processes only
         boundaries do this.
@@ -332,8 +338,7 @@ class SpectralMonitor:
         Returns:
             See `boundary`.
         """
-        ranks = self._ranks or Ranks()
-        if ranks.group is not None or not self.survey.waiting:
+        if not self._more:
             return {}
         return self.boundary(
             model, epoch=epoch, step=step, project=False, due=False, log_step=log_step
@@ -344,14 +349,11 @@ class SpectralMonitor:
 
         With several processes only what was logged is in a checkpoint; the rest is measured again.
         """
-        ranks = self._ranks or Ranks()
-        if ranks.group is None:
-            with self.budget.interruption(), self.budget.watching() as spent:
-                self._finished(ranks, spent, wait=True)
+        self._fetch(wait=True)
 
     def abort(self) -> None:
         """Training failed: log what is ready and end what runs in the background."""
-        self.settle()
+        self._fetch(wait=False)
         self.survey.cancel()
 
     def finish(
@@ -407,7 +409,7 @@ class SpectralMonitor:
         if wait:
             self.settle()
         return {
-            "history": self.history,
+            "history": list(self.history),
             "timeline": self.timeline.state_dict(),
             "budget": self.budget.state_dict(),
             "counts": [self._epochs, self._steps],
@@ -416,6 +418,7 @@ class SpectralMonitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the run of a checkpoint."""
+        self.survey.cancel()
         self.logbook.restore(state["history"])
         self.timeline.load_state_dict(state["timeline"])
         self.budget.load_state_dict(state["budget"])
@@ -429,11 +432,21 @@ class SpectralMonitor:
             self._warn("measure", f"no spectra{when}: {error!r}")
             return None
 
+    @property
+    def _more(self) -> bool:
+        """Whether this process, if it is alone, has something to do though nothing is due."""
+        return self.survey.waiting and self._latest_ranks.group is None
+
+    def _fetch(self, *, wait: bool) -> None:
+        if self.survey.measuring and self._latest_ranks.group is None:
+            with self.budget.interruption(), self.budget.watching() as spent:
+                self._finished(self._latest_ranks, spent, wait=wait)
+
     def _finished(
         self, ranks: Ranks, spent: Callable[[], float], *, wait: bool
     ) -> dict[str, float]:
         """Record and log what was measured in the background."""
-        taken = self._attempt(partial(self.survey.finished, ranks, wait=wait))
+        taken = self._attempt(partial(self.survey.finished, ranks, self.budget, wait=wait))
         return self._note(taken.moment, taken, {}, spent) if taken else {}
 
     def _note(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers.trainer_callback import (
@@ -14,6 +14,8 @@ from transformers.trainer_callback import (
     ProgressCallback,
     TrainerCallback,
 )
+
+from ww_train import Report
 
 from .tensorboard import Board
 
@@ -26,18 +28,18 @@ class Reporter:
 
     Args:
         callback: The other callback.
-        event: Tells the arguments of the event that is being handled; empty when training is over
-            and reporters have closed.
+        event: Tells the arguments of the event that is being handled, with the trainer's state at a
+            step; empty when training is over and reporters have closed.
     """
 
-    def __init__(self, callback: TrainerCallback, event: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, callback: TrainerCallback, event: Callable[[int], dict[str, Any]]) -> None:
         self.callback, self.event = callback, event
         self.__name__ = type(callback).__name__
         self._board: Board | None = None
 
     def __call__(self, scalars: Mapping[str, float], step: int) -> None:
         """Log all at once."""
-        event = dict(self.event())
+        event = dict(self.event(step))
         board = self._open_board()
         if event and board is not None:
             board(scalars, step)  # by itself it would put all under "train/"
@@ -47,11 +49,18 @@ class Reporter:
             args, state = event.pop("args"), event.pop("state")
             self.callback.on_log(args, state, control, logs=dict(scalars), **event)
 
-    def log_report(self, *report: Any, **more: Any) -> None:
+    def log_report(
+        self,
+        report: Report,
+        history: Sequence[Mapping[str, float]],
+        epoch: int,
+        step: int,
+        **more: Any,
+    ) -> None:
         """Draw it where that is possible."""
         board = self._open_board()
-        if self.event() and board is not None:
-            board.log_report(*report, **more)
+        if self.event(step) and board is not None:
+            board.log_report(report, history, epoch, step, **more)
 
     def _open_board(self) -> Board | None:
         """For TensorBoard's callback as long as its writer is open."""

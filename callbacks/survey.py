@@ -13,16 +13,14 @@ from ww_train import Report, Skipped, measure
 from ww_train.calibration import costs_of
 from ww_train.decomposition import work
 from ww_train.measurement import FIT
+from ww_train.planning import MAX_EVALS, MIN_EVALS
 from ww_train.selection import Layers, select
 from ww_train.spectrum import Spectrum
 from ww_train.weights.matrices import WeightMatrix, weight_matrices
 
-from .budget import Budget, Candidate, Plan, plan, with_spectra
+from .budget import Agenda, Budget, Candidate, plan, with_spectra
 from .sharing import Ranks
 from .timeline import Timeline
-
-MIN_EVALS, MAX_EVALS = 8, 15000
-"""Layers outside are skipped by `ww_train.measure` and cost nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class Occasion:
         known: Spectra of this moment, by layer name.
         due: Whether to measure.
         last: Training is over: every spectrum is measured, whatever it costs.
+        begin: Whether copies can be made now; else they are at the next step, of the same weights.
     """
 
     model: nn.Module
@@ -59,6 +58,7 @@ class Occasion:
     known: Mapping[str, Spectrum]
     due: bool
     last: bool
+    begin: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +88,20 @@ class Entry:
 class Survey:
     """What is measured of a model; the arguments are those of `ww_train.measure`."""
 
+    measuring = False
+    """Whether something is being measured beside training."""
+
     waiting = False
-    """Whether there is more to measure at the next step."""
+    """Whether there is more to do at the next step."""
 
     def __init__(
         self, *, layers: Layers, randomize: int, vectors: bool, replicates: int, seed: int
     ) -> None:
+        for name, number in (("randomize", int(randomize)), ("replicates", replicates)):
+            if number < 0:
+                raise ValueError(f"{name} is a number of 0 or more, got {number}")
+        if not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed is a number from 0 to 2**63 - 1, got {seed}")
         self.layers = layers
         self.randomize = randomize
         self.vectors = vectors
@@ -137,14 +145,14 @@ class Survey:
             budget.learn(chosen.work, budget.clock() - started)
         return Taken(joined(parts), occasion.moment, budget.clock() - started)
 
-    def finished(self, ranks: Ranks, *, wait: bool) -> Taken | None:
+    def finished(self, ranks: Ranks, budget: Budget, *, wait: bool) -> Taken | None:
         """What was measured beside training since the last call."""
         return None
 
     def cancel(self) -> None:
         """Training failed: measure nothing more."""
 
-    def _plan(self, occasion: Occasion, timeline: Timeline, budget: Budget) -> Plan | None:
+    def _plan(self, occasion: Occasion, timeline: Timeline, budget: Budget) -> Agenda | None:
         step = occasion.moment.step
         layers = self._stale(occasion, timeline)
         if self._entries and not layers:

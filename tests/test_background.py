@@ -1,4 +1,8 @@
 import copy
+import os
+import pickle
+import subprocess
+import sys
 import threading
 import time
 
@@ -22,6 +26,13 @@ TAGS = ("ww_alpha/", "ww_erg_gap/", "ww_traps/")
 def watch(*arguments, **options):
     usual = {"background": True, "budget": None, "summary": False}
     return SpectralMonitor(*arguments, **{**usual, **options})
+
+
+def started(*arguments, **options):
+    """A monitor that has measured once, which is in the foreground."""
+    monitor = watch(*arguments, **{"at_end": False, **options})
+    monitor.start()
+    return monitor
 
 
 def epochs(monitor, number):
@@ -67,7 +78,6 @@ def test_each_record_tells_what_was_at_its_own_step():
     truth = {}
     with watch(model, opt) as monitor:
         truth[0] = expected(model)
-        monitor.settle()
         for epoch in (1, 2, 3):
             train(model, opt, 2, first=2 * epoch)
             monitor.epoch_end()
@@ -131,20 +141,20 @@ def test_few_copies_are_held_and_every_layer_has_its_turn(monkeypatch, spy):
     model = deep()
     opt = adamw(model)
     monkeypatch.setattr(background, "COPY_BYTES", 2 * 4 * 24 * 24)
-    monitor = watch(model, opt, at_start=False, at_end=False)
+    monitor = started(model, opt)
     monitor.step()
     monitor.epoch_end()
-    truth, steps = {1: expected(model)}, 1
-    while len({i for layers, _, _ in spy for i in layers}) < 6:
+    truth, steps = {0: expected(model), 1: expected(model)}, 1
+    for _ in range(3):
         monitor.settle()
         train(model, opt, 1, first=steps)
         steps += 1
         monitor.step()
         truth[steps] = expected(model)
     monitor.settle()
-    assert [len(layers) for layers, _, _ in spy] == [2, 2, 2]
-    assert sorted(i for layers, _, _ in spy for i in layers) == list(range(6))
-    for record in monitor.history:
+    assert [i for layers, _, _ in spy for i in layers] == list(range(6))
+    assert [r["step"] for r in monitor.history] == [0, 1, 2, 3]
+    for record in monitor.history[1:]:
         own = of_layers(record)
         assert len(own) == 2 * len(TAGS)
         assert own.items() <= truth[int(record["step"])].items()
@@ -155,35 +165,33 @@ def test_few_copies_are_held_and_every_layer_has_its_turn(monkeypatch, spy):
 def test_the_stalest_layers_come_first(monkeypatch, spy):
     monkeypatch.setattr(background, "COPY_BYTES", 4 * 4 * 24 * 24)
     model = deep()
-    monitor = watch(model, at_start=False, at_end=False)
+    monitor = started(model)
     epochs(monitor, 3)
-    assert [layers for layers, _, _ in spy] == [(0, 1, 2, 3), (4, 5, 0, 1), (2, 3, 0, 1)]
+    assert [i for (i,), _, _ in spy] == [0, 1, 2, 3, 0, 1, 4, 5, 0, 1, 2, 3]
     monitor.close()
 
 
 def test_a_busy_thread_is_not_given_more(monkeypatch):
-    go = threading.Event()
-    started = []
+    go, begun = threading.Event(), []
 
     def slow(copies, **options):
-        started.append(1)
+        begun.append(1)
         assert go.wait(60)
         return measure(copies, **options)
 
     monkeypatch.setattr(background, "measure", slow)
-    model = net()
-    monitor = watch(model, at_start=False, at_end=False)
+    monitor = started(net())
     for _ in range(5):
         assert monitor.epoch_end() == {}
-    assert len(started) <= 1
+    assert len(begun) <= 1
     go.set()
     monitor.settle()
-    assert [r["step"] for r in monitor.history] == [1]
+    assert [r["step"] for r in monitor.history] == [0, 1]
     monitor.close()
 
 
 def test_what_fails_in_the_thread_warns_once_and_the_next_is_tried(monkeypatch):
-    luck = [False, False, True]
+    luck = [False, False, True, True]  # the first lots end at their first layer
 
     def unlucky(copies, **options):
         if luck.pop(0):
@@ -191,64 +199,183 @@ def test_what_fails_in_the_thread_warns_once_and_the_next_is_tried(monkeypatch):
         raise RuntimeError("device lost")
 
     monkeypatch.setattr(background, "measure", unlucky)
-    model = net()
-    monitor = watch(model, at_start=False, at_end=False)
+    monitor = started(net())
     with pytest.warns(UserWarning, match="device lost") as caught:
         epochs(monitor, 3)
     assert len(caught) == 1
-    assert [r["step"] for r in monitor.history] == [3]
+    assert [r["step"] for r in monitor.history] == [0, 3]
     monitor.close()
 
 
 def test_the_end_waits_and_measures_what_is_stale():
     model = net()
     opt = adamw(model)
-    with watch(model, opt, at_start=False) as monitor:
+    with watch(model, opt) as monitor:
         monitor.epoch_end()
         train(model, opt, 2)
         monitor._steps = 7  # as if these had been counted
-    assert [r["step"] for r in monitor.history] == [1, 7]
+    assert [r["step"] for r in monitor.history] == [0, 1, 7]
     assert of_layers(monitor.history[-1]) == expected(model)
     assert helpers() == []
 
 
-def test_an_exception_keeps_what_is_measured_and_ends_the_thread(tmp_path):
-    model, log = net(), tmp_path / "log.csv"
-    monitor = watch(model, log_to=str(log), at_start=False)
+def interrupted(monitor):
+    with monitor:
+        monitor.epoch_end()
+        raise KeyboardInterrupt
 
-    def interrupted():
-        with monitor:
-            monitor.epoch_end()
-            raise KeyboardInterrupt
 
+def test_an_exception_keeps_what_is_measured_and_ends_the_thread(tmp_path, monkeypatch):
+    log, done = tmp_path / "log.csv", threading.Event()
+    begin = background.BackgroundSurvey._begin
+
+    def and_wait(self, occasion):
+        begin(self, occasion)
+        self._lot.future.result(60)
+        done.set()
+
+    monkeypatch.setattr(background.BackgroundSurvey, "_begin", and_wait)
+    monitor = watch(net(), log_to=str(log))
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert [r["step"] for r in monitor.history] == [1]
-    assert "ww/alpha_mean" in log.read_text()
+        interrupted(monitor)
+    assert done.is_set()
+    assert [r["step"] for r in monitor.history] == [0, 1]
+    assert log.read_text().count("ww/alpha_mean") == 2
+    assert helpers() == []
+
+
+def test_an_exception_does_not_wait_for_layers_that_are_not_begun(monkeypatch):
+    go, seen = threading.Event(), []
+
+    def slow(copies, *, layers, **options):
+        seen.extend(layers)
+        assert go.wait(60)
+        return measure(copies, layers=layers, **options)
+
+    monkeypatch.setattr(background, "measure", slow)
+    monitor = watch(deep())
+    shutdown = background.ThreadPoolExecutor.shutdown
+
+    def and_go(*arguments, **options):
+        go.set()
+        return shutdown(*arguments, **options)
+
+    monkeypatch.setattr(background.ThreadPoolExecutor, "shutdown", and_go)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(monitor)
+    assert len(seen) <= 1
     assert helpers() == []
 
 
 def test_a_checkpoint_waits():
     model = net()
-    monitor = watch(model, at_start=False)
+    monitor = started(model)
     monitor.epoch_end()
-    assert monitor.state_dict(wait=False)["history"] in ([], monitor.history)
-    (record,) = monitor.state_dict()["history"]
-    assert of_layers(record) == expected(model)
+    assert monitor.state_dict(wait=False)["history"] in (monitor.history[:1], monitor.history)
+    state = monitor.state_dict()
+    assert [r["step"] for r in state["history"]] == [0, 1]
+    assert of_layers(state["history"][1]) == expected(model)
+    epochs(monitor, 1)
+    assert len(state["history"]) == 2  # it does not grow with the run
     other = watch(model)
-    other.load_state_dict(monitor.state_dict())
-    assert other.history == monitor.history
+    other.load_state_dict(state)
+    assert other.history == state["history"]
     monitor.close()
 
 
-def test_copies_of_a_monitor_have_threads_of_their_own():
-    monitor = watch(net())
-    twin = copy.deepcopy(monitor)
-    twin.start()
-    twin.settle()
-    assert len(twin.history) == 1
-    assert monitor.history == []
-    twin.close()
+def test_going_back_to_a_checkpoint_forgets_what_is_being_measured():
+    model = net()
+    monitor = started(model)
+    state = monitor.state_dict()
+    monitor.epoch_end()
+    monitor.load_state_dict(state)
+    monitor.settle()
+    assert [r["step"] for r in monitor.history] == [0]
+    monitor.close()
+
+
+def test_a_new_training_forgets_what_the_last_one_left():
+    model = net()
+    monitor = started(model)
+    monitor.epoch_end()
+    monitor.begin(step=0)
+    monitor.settle()
+    assert [r["step"] for r in monitor.history] == [0]
+    assert helpers() == []
+
+
+def test_layers_that_are_gone_are_left_out_and_others_are_not_taken_for_them(monkeypatch):
+    monkeypatch.setattr(background, "COPY_BYTES", 2 * 4 * 24 * 24)
+    model = deep(4)
+    monitor = started(model, layers=["1", "2", "3"])
+    monitor.epoch_end()
+    monitor.settle()
+    del model[3]
+    model.insert(0, nn.Linear(24, 24))
+    monitor.step()
+    monitor.settle()
+    names = {tag for r in monitor.history for tag in of_layers(r) if tag.startswith("ww_alpha")}
+    assert names == {"ww_alpha/1", "ww_alpha/2", "ww_alpha/3"}
+    monitor.close()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_a_monitor_have_threads_of_their_own(copied):
+    monitor = started(net(), clock=time.perf_counter)
+    monitor.epoch_end()
+    twin = copied(monitor)
+    monitor.settle()
+    assert (len(twin.history), len(monitor.history)) == (1, 2)
+    epochs(twin, 1)
+    assert len(twin.history) == 2
+    for one in (monitor, twin):
+        one.close()
+
+
+@pytest.mark.parametrize("options", [{"randomize": -1}, {"replicates": -1}, {"seed": 2**70}])
+def test_options_out_of_range_are_refused_at_once(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        watch(net(), **options)
+
+
+def test_an_empty_model_is_told():
+    monitor = watch(nn.Sequential(nn.ReLU()), at_end=False)
+    with pytest.warns(UserWarning, match="no layer to watch"):
+        monitor.epoch_end()
+    monitor.close()
+
+
+ONE_CORE = """
+import torch
+from torch import nn
+from ww_train.callbacks import background
+from ww_train.callbacks.monitor import SpectralMonitor
+
+cores, measure = [], background.measure
+
+def spying(*arguments, **options):
+    cores.append(torch.get_num_threads())
+    return measure(*arguments, **options)
+
+background.measure = spying
+monitor = SpectralMonitor(nn.Linear(64, 64), background=True, budget=None)
+monitor.start()
+monitor.epoch_end()
+monitor.settle()
+print(cores, torch.get_num_threads())
+"""
+
+
+def test_the_thread_has_one_core_where_training_has_two():
+    variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_CORE],
+        env={**os.environ, **dict.fromkeys(variables, "2")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "[1] 2", done.stderr
 
 
 def test_a_projection_is_logged_at_once_and_what_it_left_is_not_decomposed_again(monkeypatch):
@@ -257,7 +384,8 @@ def test_a_projection_is_logged_at_once_and_what_it_left_is_not_decomposed_again
     sizes = []
     eigvalsh = torch.linalg.eigvalsh
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda a: (sizes.append(len(a)), eigvalsh(a))[1])
-    monitor = watch(model, opt, randomize=False, at_start=False, at_end=False)
+    monitor = started(model, opt, randomize=False)
+    sizes.clear()
     train(model, opt, 2)
     scalars = monitor.epoch_end()
     assert scalars["ww/strength"] > 0
@@ -265,10 +393,11 @@ def test_a_projection_is_logged_at_once_and_what_it_left_is_not_decomposed_again
     monitor.settle()
     assert sizes == []
     assert [("ww/strength" in r, "ww/alpha_mean" in r) for r in monitor.history] == [
+        (False, True),
         (True, False),
         (False, True),
     ]
-    assert of_layers(monitor.history[1]) == pytest.approx(
+    assert of_layers(monitor.history[2]) == pytest.approx(
         of_layers(measure(model).scalars()), rel=1e-3
     )
     monitor.close()
@@ -286,7 +415,8 @@ def test_beyond_the_budget_nothing_is_copied(spy):
         model, background=True, budget=0.01, clock=clock, summary=False, at_end=False
     )
     epochs(monitor, 5)
-    assert len(spy) == 1
+    assert spy == []
+    assert len(monitor.history) == 1
     monitor.close()
 
 
@@ -358,7 +488,7 @@ def test_each_process_measures_a_part_and_all_know_the_same(pair, shards):
     assert first != second
     assert set(first) | set(second) == set(range(5))
     assert len(zero) > 3
-    for _, layers in zero[:-1]:
+    for _, layers in zero[1:-1]:
         assert len(layers) in (len(TAGS), 2 * len(TAGS))
         assert layers.items() <= truth.items()
     assert zero[-1] == (30, truth)

@@ -948,3 +948,37 @@ def test_a_checkpoint_holds_what_was_being_measured(tmp_path):
         saved = state["stateful_callbacks"]["WeightWatcherCallback"]
         saved = saved[-1] if isinstance(saved, list) else saved
         assert saved["attributes"]["watched"]["history"][-1]["step"] == epoch * STEPS
+
+
+class Steps(TrainerCallback):
+    """Another reporter, which goes by the state of the trainer."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "ww/alpha_mean" in (logs or {}):
+            self.seen.append((state.global_step, state.epoch, logs["ww/alpha_mean"]))
+
+
+def test_every_reporter_gets_the_step_of_the_copies(tmp_path):
+    beside, steps = watching(background=True), Steps()
+    trainer = train(tmp_path, beside, steps, strength=None, num_train_epochs=4)
+    truth = {r["step"]: r["ww/alpha_mean"] for r in beside.history}
+    assert steps.seen == [(step, step / STEPS, truth[step]) for step in truth]
+    assert [(row["step"], row["epoch"]) for row in rows(trainer)] == [
+        (step, step / STEPS) for step in truth
+    ]
+
+
+def test_the_best_checkpoint_can_be_chosen_in_the_background(tmp_path):
+    beside = watching(background=True, at_start=False)
+    trainer = train(
+        tmp_path,
+        beside,
+        strength=None,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        metric_for_best_model="eval_ww_alpha_mean",
+    )
+    assert trainer.state.best_metric is not None

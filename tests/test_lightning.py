@@ -879,21 +879,40 @@ def test_in_the_background_every_record_is_that_of_its_step(tmp_path, strength):
     assert {0, 4 * BATCHES} <= records.keys()
     for step, record in records.items():
         assert record.items() <= truth[step].items()
-    logged = {event.step for event in events(trainer.logger.log_dir)["ww_alpha/fc1"]}
-    assert logged == {
-        step - 1 if step else 0 for step in records if "ww_alpha/fc1" in records[step]
-    }
+    logged = [event.step for event in events(trainer.logger.log_dir)["ww_alpha/fc1"]]
+    *early, last = [step for step in records if "ww_alpha/fc1" in records[step]]
+    assert logged == [*(max(0, step - 1) for step in early), last]
     assert not [t for t in threading.enumerate() if t.name.startswith("ww_train")]
 
 
 def test_a_checkpoint_holds_what_was_being_measured(tmp_path):
     beside = watching(background=True, at_start=False)
     saved = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1)
-    fit(Net(None), beside, saved, max_epochs=2)
+    fit(Net(None), beside, saved, max_epochs=3)
+    steps = {}
     for path in tmp_path.glob("*.ckpt"):
         checkpoint = torch.load(path, weights_only=True)
         history = checkpoint["callbacks"][beside.state_key]["monitor"]["history"]
-        assert history[-1]["step"] == checkpoint["global_step"]
+        steps[checkpoint["global_step"] // BATCHES] = [r["step"] // BATCHES for r in history]
+    # the copy of an epoch is made behind its checkpoint
+    assert steps == {1: [1], 2: [1], 3: [1, 2]}
+
+
+def test_what_stops_and_chooses_has_numbers_in_the_background(tmp_path):
+    beside = watching(background=True, at_start=False)
+    callbacks = (
+        EarlyStopping("ww/alpha_mean", patience=0, mode="max", min_delta=100.0),
+        ModelCheckpoint(tmp_path, monitor="ww/alpha_mean"),
+    )
+    trainer = fit(Net(None), beside, *callbacks, max_epochs=5)
+    assert trainer.current_epoch < 5
+    assert list(tmp_path.glob("*.ckpt"))
+
+
+def test_its_own_rule_stops_in_the_background():
+    beside = watching(background=True, early_stop=lambda report: len(beside.history) == 2)
+    trainer = fit(Net(None), beside, max_epochs=20)
+    assert trainer.current_epoch < 20
 
 
 def test_a_failing_training_ends_the_thread(tmp_path):

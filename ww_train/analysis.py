@@ -12,7 +12,7 @@ from ww_train.dealing import read_dealt
 from ww_train.linalg import Eigensolver, gram_eigenvalues, svd_eigenvalues
 from ww_train.marchenko_pastur import BulkFit, fit_mp
 from ww_train.measurement import Measurement
-from ww_train.planning import Plan, by_name, plan_layer, selected
+from ww_train.planning import MAX_EVALS, MIN_EVALS, Plan, by_name, plan_layer, selected
 from ww_train.power_law import TailFit, fit_power_law
 from ww_train.ranks import together
 from ww_train.report import LayerReport, Report
@@ -38,8 +38,8 @@ def measure(
     vectors: bool = False,
     replicates: int = 0,
     seed: int = 0,
-    min_evals: int = 8,
-    max_evals: int | None = 15000,
+    min_evals: int = MIN_EVALS,
+    max_evals: int | None = MAX_EVALS,
     max_N: int | None = None,
     eigensolver: Eigensolver | None = None,
     spectra: Mapping[str, Spectrum] | None = None,
@@ -160,8 +160,8 @@ def describe(
     *,
     layers: Layers = None,
     types: str | tuple[str, ...] = (),
-    min_evals: int = 8,
-    max_evals: int | None = 15000,
+    min_evals: int = MIN_EVALS,
+    max_evals: int | None = MAX_EVALS,
     max_N: int | None = None,
 ) -> pd.DataFrame:
     """What `analyze` would analyse, without decomposing anything; of a file only headers are read.

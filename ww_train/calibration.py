@@ -139,7 +139,8 @@ def machine(device: torch.device) -> Machine:
         with suppress(AttributeError):  # not every kind of device has names
             name = torch.get_device_module(device).get_device_name(device)
     cuda = torch.version.cuda if kind == "cuda" else None
-    return Machine(name, kind, torch.__version__, cuda, torch.get_num_threads())
+    threads = torch.get_num_threads() if kind == "cpu" else None
+    return Machine(name, kind, torch.__version__, cuda, threads)
 
 
 def cache_file(here: Machine) -> Path | None:
@@ -153,7 +154,8 @@ def cache_file(here: Machine) -> Path | None:
             folder = Path.home() / ".cache"
         except RuntimeError:
             return None
-    name = re.sub(r"[^\w.+-]+", "-", f"{here.device} torch {here.torch} {here.threads} threads")
+    threads = f" {here.threads} threads" if here.threads else ""
+    name = re.sub(r"[^\w.+-]+", "-", f"{here.device} torch {here.torch}{threads}")
     return folder / "ww_train" / f"{name}.json"
 
 

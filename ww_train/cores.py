@@ -9,12 +9,18 @@ from contextlib import contextmanager
 import torch
 
 
+def one_core() -> None:
+    """Let this thread compute on one core; other threads keep their number of cores."""
+    torch.get_num_threads()  # or the first computation would set the number anew
+    torch.set_num_threads(1)
+
+
 @contextmanager
 def one_core_each() -> Iterator[ThreadPoolExecutor]:
     """A worker for each core, whose computations use that core alone."""
     threads = torch.get_num_threads()
     # the number of threads is a property of each thread; new ones inherit the last one set
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, initializer=one_core)
     try:
         yield pool
     finally:

@@ -63,18 +63,20 @@ class Machine:
         kind: Its type, such as "cpu", "cuda" or "mps".
         torch: Version of PyTorch.
         cuda: Version of CUDA that PyTorch was built for, on a CUDA device.
-        threads: Threads that PyTorch uses on the host.
+        threads: Threads that PyTorch uses, on the CPU; None for an accelerator, whose costs hardly
+            depend on them.
     """
 
     device: str
     kind: str
     torch: str
     cuda: str | None
-    threads: int
+    threads: int | None
 
     def __str__(self) -> str:
         cuda = f", CUDA {self.cuda}" if self.cuda else ""
-        return f"{self.device} ({self.kind}), torch {self.torch}{cuda}, {self.threads} threads"
+        threads = f", {self.threads} threads" if self.threads else ""
+        return f"{self.device} ({self.kind}), torch {self.torch}{cuda}{threads}"
 
 
 @dataclass(frozen=True)
@@ -175,13 +177,13 @@ class Costs:
 
 
 def _machine(document: Mapping[str, Any]) -> Machine:
-    cuda = document["cuda"]
+    cuda, threads = document["cuda"], document["threads"]
     return Machine(
         str(document["device"]),
         str(document["kind"]),
         str(document["torch"]),
         None if cuda is None else str(cuda),
-        int(document["threads"]),
+        None if threads is None else int(threads),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -40,8 +41,6 @@ def read_dealt(
         raise RuntimeError("the processes that are to share the layers hold different ones")
     mine = _mine(plans, costs, dist.get_rank(group), dist.get_world_size(group))
     own = _attempt(read, [plans[i] for i in mine])
-    for i in mine:  # whoever failed must still take part in gathering what is sharded
-        plans[i].attend()
     parts = gather(own if isinstance(own, str) else dict(zip(mine, own, strict=True)), group)
     failed = [part for part in parts if isinstance(part, str)]
     if failed:
@@ -80,8 +79,14 @@ def _turns(plans: Sequence[Plan], costs: Sequence[float], size: int) -> list[lis
 
 
 def _attempt(read: Callable[[Sequence[Plan]], list[T]], plans: Sequence[Plan]) -> list[T] | str:
-    """What was read or, as text because it is sent to other processes, what went wrong."""
+    """What was read or, as text because it is sent to other processes, what went wrong.
+
+    A process that failed still takes part in gathering what is sharded.
+    """
     try:
         return read(plans)
     except Exception as error:
+        for plan in plans:
+            with suppress(Exception):
+                plan.attend()
         return f"{type(error).__name__}: {error}"

@@ -19,6 +19,9 @@ from ww_train.weights.adapters import SUFFIX
 from ww_train.weights.matrices import Skipped, Source, WeightMatrix, delta, slices, weight_matrices
 from ww_train.weights.stored import CPU, CheckpointError, Deferred
 
+MIN_EVALS, MAX_EVALS = 8, 15000
+"""Layers with fewer or more eigenvalues are skipped, unless asked for: the peer's limits."""
+
 
 class Plan:
     """One layer to decompose, and its weights while they are in memory for it.
@@ -59,11 +62,17 @@ class Plan:
     def load(self) -> None:
         """Read, gather or subtract; what cannot be read becomes a failure with its reason."""
         self._attended = True
-        for plan in self.turn:
-            with torch.no_grad():
-                plan._bring()
+        failure: Exception | None = None
+        for plan in self.turn:  # to the end, whatever happens: other processes wait in it
+            try:
+                with torch.no_grad():
+                    plan._bring()
+            except Exception as error:
+                failure = failure or error
             if plan is not self:
                 plan.release()
+        if failure is not None:
+            raise failure
 
     def attend(self) -> None:
         """Take part in gathering what the other processes wait for, unless that was done."""

@@ -15,7 +15,7 @@ from ww_train.batching import BATCH_BYTES
 from ww_train.costs import Costs
 from ww_train.decomposition import LARGE
 from ww_train.linalg import CHUNK_BYTES
-from ww_train.planning import Plan, plan_layer
+from ww_train.planning import MAX_EVALS, Plan, plan_layer
 from ww_train.power_law import SMALL_N
 from ww_train.ranks import deal
 from ww_train.weights.matrices import Skipped, Source, WeightMatrix, weight_matrices
@@ -105,7 +105,7 @@ def scale(
     costs: Costs,
     ranks: int = 1,
     *,
-    max_evals: int | None = 15000,
+    max_evals: int | None = MAX_EVALS,
     network: float = math.inf,
 ) -> Scale:
     """What watching and steering a model takes.
@@ -178,7 +178,7 @@ def seconds(matrices: Sequence[WeightMatrix], costs: Costs, work: Work) -> float
         total += products * m.rf * costs.gram_seconds(m.N, m.M, m.dtype)
         total += work.projections * m.rf * costs.eigenvector_seconds(m.M)
         if work.shuffles:
-            cores = costs.machine.threads if _one_core(m, costs) else 1
+            cores = (costs.machine.threads or 1) if _one_core(m, costs) else 1
             total += work.shuffles * costs.shuffle_seconds(math.prod(m.shape)) / cores
         total += FIT * (work.values + work.projections)
     return total + sum(_eigenvalues(costs, M, number) for M, number in sizes.items() if number)

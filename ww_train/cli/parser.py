@@ -19,6 +19,7 @@ from ww_train.cli.conditions import Condition, condition
 from ww_train.cli.plan import calibrate_device, plan
 from ww_train.cli.plot import FIGURES, plot
 from ww_train.editing.rules import AboveBulk, Bottom, DetXTail, PowerLawTail, Top
+from ww_train.planning import MAX_EVALS
 
 RULES = (
     ("--detx", DetXTail(), "the trace-log (ERG) tail; this is the default"),
@@ -202,9 +203,9 @@ def _plan(sub: Parser) -> None:
     sub.add_argument(
         "--max-evals",
         type=_count,
-        default=15000,
+        default=MAX_EVALS,
         metavar="N",
-        help="layers with more eigenvalues are skipped, as the callbacks do; default: 15000",
+        help="layers with more eigenvalues are skipped, as the callbacks do; default: %(default)s",
     )
     _step(sub)
     sub.add_argument("--json", metavar="FILE", help="write the numbers as JSON; '-' to print them")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ww_train.editing.edits import Edits
 from ww_train.editing.smoothing import Smoothed
 from ww_train.editing.trap_removal import TrapsRemoved
+from ww_train.planning import MAX_EVALS, MIN_EVALS
 from ww_train.report import Report
 from ww_train.weights.matrices import Source
 from ww_train.weightwatcher.layers import (
@@ -24,7 +25,7 @@ from ww_train.weightwatcher.tables import description
 if TYPE_CHECKING:
     import pandas as pd
 
-MIN_EVALS, MAX_EVALS, MAX_N = 8, 15000, 50000
+MAX_N = 50000
 """WeightWatcher's limits: smaller and larger layers are left out."""
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ww_train.analysis import measure
 from ww_train.marchenko_pastur import BulkFit
+from ww_train.planning import MAX_EVALS, MIN_EVALS
 from ww_train.power_law import TailFit
 from ww_train.spectrum import Array
 from ww_train.weights.matrices import Source, WeightMatrix, reasons, slices
@@ -28,7 +29,7 @@ from ww_train.weightwatcher.options import (
     tail_fit,
 )
 from ww_train.weightwatcher.tables import description, details_table
-from ww_train.weightwatcher.watched import MAX_EVALS, MAX_N, MIN_EVALS, within_limits
+from ww_train.weightwatcher.watched import MAX_N, within_limits
 
 if TYPE_CHECKING:
     import pandas as pd
