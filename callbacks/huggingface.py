@@ -60,7 +60,9 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
     measurement is before the first step. The trainer's control flags are left alone, unless
     `early_stop` asks to stop. With DistributedDataParallel the layers are dealt to the processes, and
     the replicas stay equal. A checkpoint keeps the history of one instance: a second one in the same
-    trainer does nothing. Put it before an `EarlyStoppingCallback` that is to see its metrics.
+    trainer does nothing. Put it before an `EarlyStoppingCallback` that is to see its metrics. With
+    `background` these are of an earlier step, and if another callback stops the training, reporters
+    do not get what was not ready.
 
     Args:
         **options: Those of `SpectralMonitor`: `budget`, `layers`, `randomize`, `every_n_epochs`,

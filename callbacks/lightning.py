@@ -47,7 +47,8 @@ class WeightWatcherCallback(pl.Callback):
     An epoch that ends early (`max_steps`, `should_stop`) is measured but not projected. The first
     measurement is before the first step. Put this callback before those that average weights. With
     DistributedDataParallel the layers are dealt to the processes, and the replicas stay equal. Of two
-    callbacks with the same settings the second does nothing.
+    callbacks with the same settings the second does nothing. With `background` the numbers that
+    `EarlyStopping` and `ModelCheckpoint` see are of an earlier step.
 
     Args:
         **options: Those of `SpectralMonitor`: `budget`, `layers`, `randomize`, `every_n_epochs`,

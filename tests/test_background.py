@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -520,3 +521,85 @@ def test_on_a_gpu_copies_are_measured_on_a_stream_beside_training():
     assert same(*models)
     for record in monitor.history:
         assert of_layers(record) == pytest.approx(truth[record["step"]], rel=1e-9)
+
+
+def watched_by_unlucky(shards, what):
+    """The history and the warnings of a monitor on two processes, of which the second is unlucky."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, copied = (
+        deep(5 if what != "another model" or dist.get_rank() == 0 else 3),
+        background._copied,
+    )
+    if shards:
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
+    ranks = Ranks(dist.group.WORLD, replicated=not shards)
+    tries = []
+
+    def failing(matrix):
+        tries.append(matrix.name)
+        copy = copied(matrix)
+        if dist.get_rank() == 1 and len(tries) == 2 and what == "a copy fails":
+            raise MemoryError("no room on rank 1")
+        return copy
+
+    background._copied = failing
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            monitor = watch(at_start=False)
+            monitor.begin(step=0, ranks=ranks)
+            for epoch in range(1, 6):
+                if epoch == 2 and what == "another model":
+                    monitor.timeline.report = monitor.timeline.report or measure(deep(5))
+                monitor.boundary(model, epoch=epoch, step=epoch)
+                time.sleep(0.2)
+                dist.barrier()
+            monitor.abort()
+    finally:
+        background._copied = copied
+    return [r["step"] for r in monitor.history], [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["replicas", "shards"])
+def test_a_copy_that_fails_on_one_process_is_told_and_tried_again(pair, shards):
+    (zero, messages), (one, _) = pair(watched_by_unlucky, shards, "a copy fails")
+    assert zero == one
+    assert len(zero) >= 3
+    assert any("no room on rank 1" in message for message in messages)
+
+
+def test_processes_with_different_models_do_not_wait_for_each_other(pair):
+    (zero, messages), (one, _) = pair(watched_by_unlucky, False, "another model")
+    assert zero == one == []
+    (message,) = messages
+    assert "rank 1: there is no layer 3: the model has 3 layers" in message
+
+
+def own_loop():
+    """A plain loop under DistributedDataParallel, which also counts steps and keeps its state."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = DistributedDataParallel(deep(3))
+    opt = adamw(model)
+    monitor = watch(model, opt)
+    monitor.start()
+    for i in range(12):
+        opt.zero_grad()
+        model(gaussian(8, 24, seed=i + 100 * dist.get_rank())).square().mean().backward()
+        opt.step()
+        monitor.step()
+        if i % 3 == 2:
+            monitor.epoch_end()
+            if dist.get_rank() == 0:
+                monitor.state_dict()
+        time.sleep(0.05 * dist.get_rank())
+    monitor.close()
+    return [r["step"] for r in monitor.history]
+
+
+def test_a_loop_of_ones_own_with_several_processes(pair):
+    zero, one = pair(own_loop)
+    assert zero == one
+    assert zero[0] == 0
+    assert zero[-1] == 12

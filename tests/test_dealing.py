@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ww_train import decomposition, measure, measurement
+from ww_train.planning import Plan
 
 from .pair import Pair
 
@@ -150,3 +151,27 @@ def test_arguments_that_one_process_refuses_are_refused_by_all(pair):
     (kind, message), (other, reason) = pair(refused)
     assert (kind, other) == ("RuntimeError", "ValueError")
     assert message == f"rank 1: {reason}"
+
+
+def load_fails():
+    """Rank 1 has no memory for a layer that it has gathered."""
+    model, bring, tries = network(len(SIZES) + 1), Plan._bring, []
+
+    def failing(self):
+        bring(self)
+        tries.append(self)
+        if dist.get_rank() == 1 and len(tries) == 3:
+            raise MemoryError("no room")
+
+    Plan._bring = failing
+    try:
+        measure(model, group=dist.group.WORLD)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        Plan._bring = bring
+    return "nothing was raised"
+
+
+def test_a_process_that_cannot_keep_what_it_gathered_leaves_none_waiting(pair):
+    assert pair(load_fails) == ["MemoryError: no room"] * 2

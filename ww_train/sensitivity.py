@@ -5,8 +5,9 @@ the right one: any whose Kolmogorov-Smirnov distance is within what the shift ca
 alpha jumps. The bar reaches to the farthest of these.
 
 How much a shift does to a distance is calibrated on training runs, so that at least 95 % of the true
-alphas are within the bar (`benchmarks/tracking.py` measures it anew), and no theorem. What can be
-proved, a bound by the norm of the whole change, lets one eigenvalue take all of it and says nothing
+alphas are within the bar (`benchmarks/tracking.py` measures it anew), and no theorem. It is for errors
+most of which average out; after a jump they do not, and `ww_train.tracking` allows for that. What can
+be proved, a bound by the norm of the whole change, lets one eigenvalue take all of it and says nothing
 about xmin.
 """
 

@@ -2,8 +2,13 @@
 
 The eigenvalues are the Rayleigh quotients in the old eigenvectors; those of the tail are corrected for
 what they miss to second order (`ww_train.rayleigh`). The root mean square of that correction, relative
-to the eigenvalues, is the shift that says how old the eigenvectors are. What remains wrong is taken to
-be of its size, and `ww_train.sensitivity` says how far that can move alpha.
+to the eigenvalues, says how old the eigenvectors are. What remains wrong is taken to be at most
+`MARGIN` times as large, and `ww_train.sensitivity` says how far that can move alpha.
+
+The mean says little of a jump: one large entry, the cause of a correlation trap, adds one eigenvalue
+and hardly moves the others. It does need large corrections of a few; where the largest exceeds
+`LARGEST_CORRECTION` the second order does not hold and the bar is infinite. `benchmarks/tracking.py`
+measures both limits, in training and after jumps.
 
 Eigenvalues below the tail are not corrected, and the bar does not cover them: entropy, ranks and the
 like need a decomposition.
@@ -13,11 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ww_train.analysis import measure
 from ww_train.linalg import has_float64
@@ -26,10 +33,17 @@ from ww_train.power_law import PowerLawFit, fit_power_law
 from ww_train.rayleigh import Basis, eigenbasis, in_basis, rayleigh_quotients, repulsion
 from ww_train.selection import Layers
 from ww_train.sensitivity import alpha_error
+from ww_train.spectrum import Array
 from ww_train.weights.matrices import Skipped, Source, WeightMatrix
 
 ROUNDING = 1e-6
 """Relative error of the eigenvalues in a new basis: float32 vectors and products."""
+
+MARGIN = 3.0
+"""Relative errors that the bar allows for, in units of the corrections' root mean square."""
+
+LARGEST_CORRECTION = 0.02
+"""Largest correction, relative to its eigenvalue or xmin, after which the old basis says anything."""
 
 SMALLEST = 256
 """Smaller dimension from which tracking is cheaper than a decomposition."""
@@ -52,7 +66,7 @@ class TrackedLayer:
         name: Dotted path of the layer.
         fit: Power law of the tail; None if there is none.
         error: Half the width of the bar around alpha; 0 after a decomposition in full, None without
-            a fit.
+            a fit, infinite where the eigenvectors are too old for a bar.
         refreshed: Whether the layer was decomposed now, in full or for new eigenvectors.
     """
 
@@ -118,21 +132,40 @@ def tracked(matrix: WeightMatrix, basis: Basis) -> TrackedLayer | None:
     rough = fit_power_law(matrix.spectrum(quotients).positive)
     if rough is None:
         return None
-    lowest = np.sort(quotients, axis=None)[-_rows(rough.num_pl_spikes, quotients.size)]
-    missing = np.zeros_like(quotients)
-    for i, own in enumerate(quotients):
-        chosen = np.flatnonzero(own >= lowest)
-        positions = torch.from_numpy(chosen).to(product.device)
-        missing[i, chosen] = repulsion(product[i], levels[i], positions).cpu().numpy()
+    missing = _missing(product, levels, _rows(rough.num_pl_spikes, quotients.size))
     unit = (matrix.scale / basis.scale) ** 2
     evals = np.maximum(quotients + missing, 0.0)
     spectrum = matrix.spectrum(evals * unit)
     fit = fit_power_law(spectrum.positive)
     if fit is None:
         return None
-    tail = evals >= np.sort(evals, axis=None)[-fit.num_pl_spikes]
-    shift = ROUNDING + float(np.sqrt(np.square(missing[tail] / evals[tail]).mean()))
-    return TrackedLayer(matrix.name, fit, alpha_error(spectrum.positive, fit, shift), False)
+    shift = _shift(missing, evals, fit.num_pl_spikes)
+    error = alpha_error(spectrum.positive, fit, shift) if shift < math.inf else math.inf
+    return TrackedLayer(matrix.name, fit, error, False)
+
+
+def _missing(product: Tensor, levels: Tensor, rows: int) -> Array:
+    """Corrections `(rf, M)` of the largest quotients of a layer; 0 for the others."""
+    quotients = levels.cpu().numpy()
+    lowest = np.sort(quotients, axis=None)[-rows]
+    missing = np.zeros_like(quotients)
+    for i, own in enumerate(quotients):
+        chosen = np.flatnonzero(own >= lowest)
+        positions = torch.from_numpy(chosen).to(product.device)
+        missing[i, chosen] = repulsion(product[i], levels[i], positions).cpu().numpy()
+    return missing
+
+
+def _shift(missing: Array, evals: Array, tail: int) -> float:
+    """Relative error of the eigenvalues to allow for; infinity where corrections are too large.
+
+    Those just below the tail count too: an eigenvalue that enters the tail does so past them.
+    """
+    lowest = np.sort(evals, axis=None)[-tail]
+    relative = np.abs(missing) / np.maximum(evals, lowest)
+    if relative.max() > LARGEST_CORRECTION:
+        return math.inf
+    return ROUNDING + MARGIN * float(np.sqrt(np.square(relative[evals >= lowest]).mean()))
 
 
 def _rows(tail: int, number: int) -> int:
@@ -177,8 +210,13 @@ class AlphaTracker:
         Cost: for a layer of N x M with a tail of k, within the tolerance, `2 N M (M + k)` float32
         operations (float64 on an accelerator). A decomposition takes `N M² + (4/3) M³` in float64, most
         of them slow: 3 to 5 times as long on one core. Up to twice a decomposition where new
-        eigenvectors are due. `benchmarks/tracking.py` measures.
+        eigenvectors are due. `benchmarks/tracking.py` measures. Under `torch.autocast` it reads the
+        same as without.
         """
+        with _uncast():
+            return self._read()
+
+    def _read(self) -> Tracking:
         found = [matrix for _, matrix in selected(self._model, self._layers, ())]
         names = [matrix.name for matrix in found]
         self._tracks = {name: self._tracks.get(name) or _Track() for name in names}
@@ -193,6 +231,17 @@ class AlphaTracker:
             error = 0.0 if full.fit else None
             layers[full.name] = TrackedLayer(full.name, full.fit, error, refreshed=True)
         return Tracking(tuple(layers[name] for name in names if name in layers), report.skipped)
+
+
+@contextmanager
+def _uncast() -> Iterator[None]:
+    """No automatic casting, which would round the products, on the CPU and the accelerator."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            stack.enter_context(torch.autocast(accelerator.type, enabled=False))
+        yield
 
 
 def _trackable(matrix: WeightMatrix) -> bool:
