@@ -109,7 +109,9 @@ def main() -> None:
     start, adamw, adamw_accuracy = train("AdamW", args)
     _, wwpgd, wwpgd_accuracy = train("WWPGD(AdamW)", args)
     print("\n" + table({"at the start": start, "AdamW": adamw, "WWPGD(AdamW)": wwpgd}))
-    print("\nrandom-like: nothing learned that the spectrum shows; trapped: weights that stand out of")
+    print(
+        "\nrandom-like: nothing learned that the spectrum shows; trapped: weights that stand out of"
+    )
     print("the noise, or that lean to one side. WWPGD steers fc1 and fc2 to alpha 2 and ERG gap 0")
     print("over its first six epochs; fc3 has too few eigenvalues for it.")
     print(f"test accuracy: AdamW {adamw_accuracy:.1f} %, WWPGD(AdamW) {wwpgd_accuracy:.1f} %")
