@@ -101,14 +101,14 @@ def test_half_precision_weights_have_their_own_rate():
 
 
 def test_on_the_cpu_small_layers_get_a_core_each_and_large_ones_all():
-    small, large = layers(hollow((512, 512), (2048, 2048)))
+    small, large = layers(hollow((512, 512), (4096, 4096)))
     on_cpu = costs("cpu", threads=4)
     assert seconds([small], on_cpu, SPECTRA) == pytest.approx(12e-12 * 512**3 + FIT)
-    assert seconds([large], on_cpu, SPECTRA) == pytest.approx(22e-12 * 2048**3 + FIT)
+    assert seconds([large], on_cpu, SPECTRA) == pytest.approx(22e-12 * 4096**3 + FIT)
     shuffles = [
         seconds([m], on_cpu, TRAPS) - 2 * seconds([m], on_cpu, SPECTRA) for m in (small, large)
     ]
-    assert shuffles == pytest.approx([1e-9 * 512**2 / 4, 1e-9 * 2048**2])
+    assert shuffles == pytest.approx([1e-9 * 512**2 / 4, 1e-9 * 4096**2])
 
 
 def test_the_host_is_used_where_it_is_faster():

@@ -20,6 +20,9 @@ from ww_train.power_law import SMALL_N
 from ww_train.ranks import deal
 from ww_train.weights.matrices import Skipped, Source, WeightMatrix, weight_matrices
 
+ONE_CORE = 2 * LARGE
+"""Size up to which `decompose` gives layers a core each, as long as there is one for every core."""
+
 FIT = 1e-3
 """Seconds of what is computed of one spectrum on the host, about the same for all sizes."""
 
@@ -188,11 +191,11 @@ def _eigenvalues(costs: Costs, M: int, number: int) -> float:
     """As `decompose` does it: on the CPU one core for a small matrix, all cores for a large one."""
     if costs.machine.kind != "cpu":
         return costs.eigenvalue_seconds(M, number)
-    return number * (costs.batched if M <= 2 * LARGE else costs.looped)(M)
+    return number * (costs.batched if M <= ONE_CORE else costs.looped)(M)
 
 
 def _one_core(matrix: WeightMatrix, costs: Costs) -> bool:
-    return costs.machine.kind == "cpu" and matrix.M < LARGE
+    return costs.machine.kind == "cpu" and matrix.M <= ONE_CORE
 
 
 def memory(matrices: Sequence[WeightMatrix], costs: Costs, work: Work) -> int:
@@ -203,7 +206,7 @@ def memory(matrices: Sequence[WeightMatrix], costs: Costs, work: Work) -> int:
     """
     if costs.machine.kind == "cpu":
         alone = sorted(
-            ((m.M < LARGE, _scratch(m, work) + _decomposed(_grams(m), work)) for m in matrices),
+            ((m.M <= ONE_CORE, _scratch(m, work) + _decomposed(_grams(m), work)) for m in matrices),
             key=lambda pair: -pair[1],
         )
         small = sum([nbytes for is_small, nbytes in alone if is_small][: costs.machine.threads])
