@@ -44,10 +44,11 @@ def network(blocks: int) -> nn.ModuleList:
     return layers
 
 
-def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+def seconds(call: Callable[[], Any], before: Callable[[], object] = bool) -> tuple[float, Any]:
     """The least time of a few calls, between barriers if there are several processes."""
     best, result = float("inf"), None
     for _ in range(REPEATS):
+        before()
         if dist.is_initialized():
             dist.barrier()
         started = time.perf_counter()
@@ -68,21 +69,24 @@ def work(rank: int, ranks: int, blocks: int, folder: str) -> None:
     measure(model[:1])  # loads libraries
     analysed, report = seconds(lambda: measure(model, randomize=True, group=group))
 
-    def project() -> nn.ModuleList:
-        fresh = network(blocks)
-        optimizer = WWPGD(torch.optim.SGD(fresh.parameters()), model=fresh)
-        tasks = [task for task in optimizer.targets() if isinstance(task, Task)]
+    optimizer = WWPGD(torch.optim.SGD(model.parameters()), model=model)
+    tasks = [task for task in optimizer.targets() if isinstance(task, Task)]
+    first = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def reset() -> None:
+        for parameter, weights in zip(model.parameters(), first, strict=True):
+            parameter.data.copy_(weights)
+
+    def project() -> None:
         if group is None:
             project_all_(tasks, 0.5)
         else:
             project_replicas_(tasks, 0.5, group)
-        return fresh
 
-    made, _ = seconds(lambda: network(blocks))
-    projected, moved = seconds(project)
+    projected, _ = seconds(project, reset)
     if rank == 0:
         numbers = [(layer.alpha, layer.num_traps) for layer in report]
-        found = (analysed, projected - made, numbers, [p.detach() for p in moved.parameters()])
+        found = (analysed, projected, numbers, [p.detach() for p in model.parameters()])
         torch.save(found, os.path.join(folder, f"{ranks}.pt"))
     if ranks > 1:
         dist.destroy_process_group()
