@@ -1,11 +1,17 @@
-"""The README's snippets run as they stand, one after another, from the root of the repository."""
+"""The README's snippets and commands run as they stand, one after another."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
+
+from ww_train.cli import main
+
+from .oracles import gaussian
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,3 +42,21 @@ def test_what_the_readme_points_to_exists():
     assert len(scripts) > 5
     missing += [name for name in scripts if not (ROOT / "benchmarks" / name).exists()]
     assert missing == []
+
+
+COMMANDS = re.findall(r"^ww-train .*", README, flags=re.MULTILINE)
+
+
+def test_the_commands_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for i, folder in enumerate(("my-model", "base", "finetuned")):
+        (tmp_path / folder).mkdir()
+        weights = {f"layers.{k}.weight": gaussian(64, 48, seed=3 * i + k) for k in range(3)}
+        save_file(weights, tmp_path / folder / "model.safetensors")
+    assert len(COMMANDS) >= 6
+    for command in COMMANDS:
+        argv = shlex.split(command, comments=True)[1:]
+        assert main(argv) in ((0, 1) if "--fail-if" in argv else (0,)), capsys.readouterr().err
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "smoothed" / "model.safetensors").is_file()

@@ -169,7 +169,7 @@ def _report(sub: Parser) -> None:
 
 
 def _smooth(sub: Parser) -> None:
-    sub.set_defaults(command=smooth)
+    sub.set_defaults(command=smooth, rule=DetXTail())
     sub.epilog = texts.SMOOTH
     _model(sub)
     sub.add_argument("-o", "--output", metavar="OUT", required=True, help="file or folder to write")

@@ -134,7 +134,7 @@ def _print(found: Scale, costs: Costs, step: float | None, args: Namespace) -> N
     import pandas as pd
 
     ranks = f"{found.ranks} rank{'s' if found.ranks > 1 else ''}"
-    print(f"{found.parameters / 1e9:.4g} billion parameters in matrices, {ranks}")
+    print(f"{amount(found.parameters)} parameters in matrices, {ranks}")
     print(f"costs of {costs.machine}\n")
     rows = [_row(name, _load(found, name)) for name in WHAT]
     show(pd.DataFrame(rows), list(rows[0]))
@@ -181,6 +181,14 @@ def advice(found: Scale, step: float | None, overhead: float) -> str:
         f"{share}: measure spectra every {spectra}, traps every {traps}, project every {projection} "
         f"{unit}; each alone"
     )
+
+
+def amount(number: int) -> str:
+    """A number that can be read."""
+    for unit, name in ((1e9, "billion"), (1e6, "million")):
+        if number >= unit:
+            return f"{number / unit:.4g} {name}"
+    return f"{number:,}"
 
 
 def size(nbytes: int) -> str:
