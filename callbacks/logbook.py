@@ -19,7 +19,7 @@ class Logbook:
         warn: Gives the warnings.
 
     Attributes:
-        history: One record a boundary: `{"epoch": …, "step": …, **scalars}`.
+        history: What was logged, in order: `{"epoch": …, "step": …, **scalars}`.
         latest: The last value of every summary, `ww/…`, whenever it was measured.
         loggers: Those of `log_to`.
         of_framework: Those of the framework that trains.

@@ -147,7 +147,10 @@ class SpectralMonitor:
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """One record a boundary at which something was measured or projected."""
+        """A record of everything that was projected and measured together, in the order of logging.
+
+        With `background` what was measured comes later than a projection of the same step.
+        """
         return self.logbook.history
 
     @property

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ww_train.analysis import measure
 from ww_train.linalg import has_float64
-from ww_train.planning import selected
+from ww_train.planning import MAX_EVALS, selected
 from ww_train.power_law import PowerLawFit, fit_power_law
 from ww_train.rayleigh import Basis, eigenbasis, in_basis, rayleigh_quotients, repulsion
 from ww_train.selection import Layers
@@ -47,9 +47,6 @@ LARGEST_CORRECTION = 0.02
 
 SMALLEST = 256
 """Smaller dimension from which tracking is cheaper than a decomposition."""
-
-LARGEST = 15000
-"""Most eigenvalues of a layer: the limit of `measure`."""
 
 WORTHWHILE = 2
 """Reads that a basis must serve after its own to have been cheaper than decompositions."""
@@ -245,7 +242,7 @@ def _uncast() -> Iterator[None]:
 
 
 def _trackable(matrix: WeightMatrix) -> bool:
-    if matrix.deferred or matrix.M < SMALLEST or matrix.num_evals > LARGEST:
+    if matrix.deferred or matrix.M < SMALLEST or matrix.num_evals > MAX_EVALS:
         return False
     return has_float64(matrix.device)
 
