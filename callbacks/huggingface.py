@@ -165,7 +165,7 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """In the background: copy what is due, behind the checkpoint of the last step."""
-        if self._first is None and self.monitor.survey.waiting:
+        if self._first is None and self.monitor.waiting:
             epoch = math.floor(state.epoch or 0.0)
             with self._at(args, state, control, **kwargs):
                 self.monitor.advance(kwargs["model"], epoch=epoch, step=state.global_step)

@@ -182,6 +182,11 @@ class SpectralMonitor:
         """The verdicts of all layers in one line."""
         return self.report.verdict if self.report else "no layer was measured"
 
+    @property
+    def waiting(self) -> bool:
+        """Whether `advance` has something to do; never with several processes."""
+        return self.survey.waiting and self._latest_ranks.group is None
+
     # A loop of one's own
 
     def start(self) -> dict[str, float]:
@@ -198,7 +203,7 @@ class SpectralMonitor:
         """
         self._steps += 1
         if not self.every_n_steps or self._steps % self.every_n_steps:
-            return self._own_boundary(project=False, due=False) if self._more else {}
+            return self._own_boundary(project=False, due=False) if self.waiting else {}
         return self._own_boundary(project=False, due=True)
 
     def epoch_end(self, *, project: bool = True) -> dict[str, float]:
@@ -341,7 +346,7 @@ class SpectralMonitor:
         Returns:
             See `boundary`.
         """
-        if not self._more:
+        if not self.waiting:
             return {}
         return self.boundary(
             model, epoch=epoch, step=step, project=False, due=False, log_step=log_step
@@ -434,11 +439,6 @@ class SpectralMonitor:
         except Exception as error:
             self._warn("measure", f"no spectra{when}: {error!r}")
             return None
-
-    @property
-    def _more(self) -> bool:
-        """Whether this process, if it is alone, has something to do though nothing is due."""
-        return self.survey.waiting and self._latest_ranks.group is None
 
     def _fetch(self, *, wait: bool) -> None:
         if self.survey.measuring and self._latest_ranks.group is None:

@@ -20,6 +20,7 @@ from ww_train.callbacks.sharing import Ranks
 from .oracles import gaussian
 from .pair import Pair
 from .training import adamw, net, same, train, wrap
+from .watching import helpers
 
 TAGS = ("ww_alpha/", "ww_erg_gap/", "ww_traps/")
 
@@ -67,10 +68,6 @@ def spy(monkeypatch):
 
     monkeypatch.setattr(background, "measure", spying)
     return calls
-
-
-def helpers():
-    return [t for t in threading.enumerate() if t.name.startswith("ww_train")]
 
 
 def test_each_record_tells_what_was_at_its_own_step():

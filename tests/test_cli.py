@@ -27,6 +27,7 @@ from ww_train.glossary import DETAILS, HEADLINES, VERDICTS
 from ww_train.tables import fitting, printable, shortened, text
 from ww_train.verdicts import WORST_FIRST
 
+from .commands import one_line, run, strict
 from .oracles import gaussian
 
 HEAVY, NOISE, TRAPPED = "encoder.heavy", "encoder.noise", "head.trapped"
@@ -55,31 +56,6 @@ def model(tmp_path):
     folder.mkdir()
     save_file(state(), folder / "model.safetensors")
     return str(folder / "model.safetensors")
-
-
-def run(capsys, *argv):
-    """Exit code, standard output, standard error."""
-    try:
-        code = main(list(argv))
-    except SystemExit as left:
-        code = left.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def one_line(err):
-    """The error is one line of this program and no traceback."""
-    assert err.startswith("ww-train")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
-
-
-def strict(document):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads(document, parse_constant=refuse)
 
 
 # analyze

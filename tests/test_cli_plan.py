@@ -11,13 +11,13 @@ from torch import nn
 
 from ww_train import calibration, describe
 from ww_train.calibration import cache_file, machine
-from ww_train.cli import main
 from ww_train.cli.plan import advice, size
 from ww_train.cli.shapes import hollow, shapes
 from ww_train.costs import Costs, Curve, Machine
 from ww_train.scale import scale, step_seconds
 from ww_train.weights.matrices import WeightMatrix, weight_matrices
 
+from .commands import one_line, run
 from .oracles import gaussian
 
 TINY = {
@@ -67,16 +67,6 @@ def config(tmp_path, **changes):
     text = json.dumps({k: v for k, v in (TINY | changes).items() if v is not None})
     (folder / "config.json").write_text(text, encoding="utf-8")
     return folder
-
-
-def run(capsys, *argv):
-    """Exit code, standard output, standard error."""
-    try:
-        code = main(list(argv))
-    except SystemExit as left:
-        code = left.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 # plan
@@ -321,13 +311,6 @@ def test_without_transformers_the_extra_is_named(tmp_path, saved, capsys, monkey
     code, out, err = run(capsys, "plan", str(config(tmp_path)), "--costs", saved)
     assert (code, out) == (2, "")
     assert "pip install 'ww-train[huggingface]'" in one_line(err)
-
-
-def one_line(err):
-    assert err.startswith("ww-train")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import inspect
 import json
 import math
 import sys
-import threading
 import warnings
 
 import pytest
@@ -31,21 +30,11 @@ from ww_train.callbacks.huggingface import WeightWatcherCallback, WWPGDFactory  
 from ww_train.callbacks.monitor import find_wwpgd  # noqa: E402
 
 from .processes import run_ranks  # noqa: E402
+from .watching import SUMMARIES, helpers, of_layers, without_seconds  # noqa: E402
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 BATCH, STEPS = 2, 3  # steps in an epoch
 COST = {"ww/overhead"}  # known as soon as there was a step
-SUMMARIES = {
-    "ww/num_layers",
-    "ww/alpha_mean",
-    "ww/alpha_min",
-    "ww/alpha_max",
-    "ww/erg_gap_mean",
-    "ww/trace_log_mean",
-    "ww/traps_total",
-    "ww/seconds",
-    "ww/num_measured",
-}
 BLOCK = "model.layers.0"
 LINEAR = {
     *(f"{BLOCK}.self_attn.{name}_proj" for name in "qkvo"),
@@ -167,11 +156,6 @@ def same(first, second):
 
 def column(watcher, key):
     return [record.get(key) for record in watcher.history]
-
-
-def without_seconds(history):
-    cost = ("ww/seconds", "ww/overhead")
-    return [{k: v for k, v in record.items() if k not in cost} for record in history]
 
 
 def losses(trainer):
@@ -917,10 +901,6 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch):
 # In the background
 
 
-def of_layers(history):
-    return {r["step"]: {k: v for k, v in r.items() if k.startswith("ww_")} for r in history}
-
-
 @pytest.mark.parametrize("strength", [None, 0.3], ids=["watched", "steered"])
 def test_in_the_background_every_record_is_that_of_its_step(tmp_path, board, strength):
     every, beside = watching(every_n_steps=1), watching(background=True)
@@ -935,7 +915,7 @@ def test_in_the_background_every_record_is_that_of_its_step(tmp_path, board, str
     logged = {event.step for event in events(folder)["ww/alpha_mean"]}
     assert logged == {step for step in records if any("alpha" in tag for tag in records[step])}
     assert {row["step"] for row in rows(trainer)} == logged
-    assert not [t for t in threading.enumerate() if t.name.startswith("ww_train")]
+    assert helpers() == []
 
 
 def test_a_checkpoint_holds_what_was_being_measured(tmp_path):

@@ -3,7 +3,6 @@ import importlib
 import json
 import math
 import sys
-import threading
 import warnings
 
 import pytest
@@ -26,19 +25,9 @@ from ww_train.callbacks.lightning import WeightWatcherCallback  # noqa: E402
 
 from .oracles import gaussian  # noqa: E402
 from .processes import run_ranks  # noqa: E402
+from .watching import SUMMARIES, helpers, of_layers, without_seconds  # noqa: E402
 
 SIZE, BATCHES = 24, 3
-SUMMARIES = {
-    "ww/num_layers",
-    "ww/alpha_mean",
-    "ww/alpha_min",
-    "ww/alpha_max",
-    "ww/erg_gap_mean",
-    "ww/trace_log_mean",
-    "ww/traps_total",
-    "ww/seconds",
-    "ww/num_measured",
-}
 LAYERS = {f"ww_{m}/{n}" for m in ("alpha", "erg_gap", "trace_log", "traps") for n in ("fc1", "fc2")}
 PROJECTION = {"ww/distance_mean", "ww/strength", "ww_distance/fc1", "ww_distance/fc2"}
 
@@ -125,11 +114,6 @@ def fit(model, *callbacks, loader=None, validate=True, ckpt_path=None, **setting
 def same(first, second):
     a, b = first.state_dict(), second.state_dict()
     return all(torch.equal(a[key], b[key]) for key in a)
-
-
-def without_seconds(history):
-    cost = ("ww/seconds", "ww/overhead")
-    return [{k: v for k, v in record.items() if k not in cost} for record in history]
 
 
 class Probe(pl.Callback):
@@ -864,10 +848,6 @@ def test_without_lightning_the_error_says_what_to_install(monkeypatch):
 # In the background
 
 
-def of_layers(history):
-    return {r["step"]: {k: v for k, v in r.items() if k.startswith("ww_")} for r in history}
-
-
 @pytest.mark.parametrize("strength", [None, 0.3], ids=["watched", "steered"])
 def test_in_the_background_every_record_is_that_of_its_step(tmp_path, strength):
     every, beside, module = watching(every_n_steps=1), watching(background=True), Net(strength)
@@ -882,7 +862,7 @@ def test_in_the_background_every_record_is_that_of_its_step(tmp_path, strength):
     logged = [event.step for event in events(trainer.logger.log_dir)["ww_alpha/fc1"]]
     *early, last = [step for step in records if "ww_alpha/fc1" in records[step]]
     assert logged == [*(max(0, step - 1) for step in early), last]
-    assert not [t for t in threading.enumerate() if t.name.startswith("ww_train")]
+    assert helpers() == []
 
 
 def test_a_checkpoint_holds_what_was_being_measured(tmp_path):
@@ -924,4 +904,4 @@ def test_a_failing_training_ends_the_thread(tmp_path):
     with pytest.raises(KeyError, match="second epoch"):
         fit(Net(None), beside, Probe("on_train_epoch_start", fails))
     assert [record["step"] for record in beside.history] == [BATCHES]
-    assert not [t for t in threading.enumerate() if t.name.startswith("ww_train")]
+    assert helpers() == []
