@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,24 +99,33 @@ def train_mlp(data: Digits, *, epochs: int, seed: int, wwpgd: bool = False) -> t
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if wwpgd:
         optimizer = WWPGD(optimizer, model=model)
-    order = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(data.train_x) // 128)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     boundaries = []
+    for epoch_ended in steps(model, optimizer, data, epochs=epochs, seed=seed):
+        if epoch_ended and isinstance(optimizer, WWPGD):
+            before = accuracy(model, data)
+            done = [layer for layer in optimizer.end_epoch() if isinstance(layer, Projected)]
+            distance = {layer.name: layer.distance for layer in done}
+            boundaries.append(Boundary(before, distance))
+    return model, boundaries
+
+
+def steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Digits, *, epochs: int, seed: int
+) -> Iterator[bool]:
+    """The training steps of `train_mlp`; after each, whether it was the last one of its epoch."""
+    order = torch.Generator().manual_seed(seed)
+    number = epochs * -(-len(data.train_x) // 128)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, number)
     for _ in range(epochs):
-        for batch in torch.randperm(len(data.train_x), generator=order).split(128):
+        batches = torch.randperm(len(data.train_x), generator=order).split(128)
+        for i, batch in enumerate(batches, start=1):
             loss = nn.functional.cross_entropy(model(data.train_x[batch]), data.train_y[batch])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        if isinstance(optimizer, WWPGD):
-            before = accuracy(model, data)
-            done = [layer for layer in optimizer.end_epoch() if isinstance(layer, Projected)]
-            distance = {layer.name: layer.distance for layer in done}
-            boundaries.append(Boundary(before, distance))
-    return model, boundaries
+            yield i == len(batches)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from functools import partial
 
 import torch
 from claims import skip, verdict
-from mnist_mlp import HIDDEN, MLP, Digits, add_data_argument, load_mnist
+from mnist_mlp import HIDDEN, MLP, Digits, add_data_argument, load_mnist, steps
 from torch import Tensor, nn
 
 from ww_train import measure
@@ -97,18 +97,8 @@ def training(data: Digits, epochs: int, seed: int) -> Iterator[MLP]:
     """Train as `mnist_mlp.train_mlp` does, and give the network after every step."""
     model = MLP(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    order = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(data.train_x) // 128)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(data.train_x), generator=order).split(128):
-            loss = nn.functional.cross_entropy(model(data.train_x[batch]), data.train_y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            yield model
+    for _ in steps(model, optimizer, data, epochs=epochs, seed=seed):
+        yield model
 
 
 def follow(models: Iterator[MLP], tolerance: float) -> tuple[list[Read], list[float], list[float]]:
