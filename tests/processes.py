@@ -17,6 +17,15 @@ def free_port():
         return s.getsockname()[1]
 
 
+LEAVE = """
+import sys
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
+"""
+"""At the end: a thread of gloo that lets go of a tensor while the interpreter ends aborts it."""
+
+
 def run_ranks(code, folder, ranks=2):
     """Run the code in every rank, as torchrun does; what each wrote to `{folder}/{rank}.json`.
 
@@ -25,7 +34,7 @@ def run_ranks(code, folder, ranks=2):
     script = folder / "script.py"
     head = f"import os, json\nFOLDER = {str(folder)!r}\nRANK = int(os.environ['RANK'])\n"
     tail = "\nwith open(f'{FOLDER}/{RANK}.json', 'w') as file:\n    json.dump(RESULT, file)\n"
-    script.write_text(head + code + tail)
+    script.write_text(head + code + tail + LEAVE)
     common = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",

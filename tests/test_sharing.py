@@ -85,7 +85,6 @@ RESULT = {
     "alone": alone, "stopped": stopped, "heard": heard, "failed": first,
     "warnings": [str(w.message) for w in caught],
 }
-dist.destroy_process_group()
 """
 
 
@@ -147,7 +146,6 @@ RESULT = {
     "group": ranks.group is not None, "replicated": ranks.replicated, "whole": whole,
     "scalars": scalars, "summary": monitor.verdict,
 }
-dist.destroy_process_group()
 """
 
 
