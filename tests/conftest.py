@@ -9,6 +9,8 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from .accelerator import gpu  # noqa: E402, F401
+
 torch.manual_seed(0)  # layers that are built as parameters of tests
 
 

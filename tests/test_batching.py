@@ -25,7 +25,7 @@ def jobs(*more):
 
 def solve(chosen, route="batched"):
     order = list(range(len(chosen)))
-    return dict(decomposition._batched(chosen, order, CPU, lambda n, number: route))
+    return dict(decomposition._batched(chosen, order, CPU, lambda n, number: route, warn_once()))
 
 
 def assert_right(results, stacks):
@@ -72,7 +72,7 @@ def test_the_way_is_asked_for_the_size_and_the_number():
     asked = []
     bucket = Bucket(CPU, lambda *question: (asked.append(question), "looped")[1], bool)
     for i in range(3):
-        list(bucket.add(i, [stack_of(2, 30, 12)]))
+        list(bucket.add(i, lambda: [stack_of(2, 30, 12)]))
     assert [owner for owner, _ in bucket.solve()] == [0, 1, 2]
     assert asked == [(12, 6)]
     assert list(bucket.solve()) == []
@@ -106,29 +106,32 @@ def test_what_does_not_fit_alone_goes_to_the_host(monkeypatch):
 
     monkeypatch.setattr(batching, "symmetric_eigenvalues", no_memory_at_first)
     warned = []
-    bucket = Bucket(CPU, lambda *_: "batched", lambda: warned.append(1))
+    bucket = Bucket(CPU, lambda *_: "batched", warned.append)
     stack = stack_of(1, 30, 12)
-    list(bucket.add(0, [stack]))
+    list(bucket.add(0, lambda: [stack]))
     ((_, (evals,)),) = bucket.solve()
     assert torch.equal(evals, gram_eigenvalues(stack))
-    assert warned == [1]
+    assert warned == [CPU]
 
 
-def test_without_memory_for_a_product_the_waiting_ones_are_solved_first(monkeypatch):
+@pytest.mark.parametrize("failures", [1, 2])
+def test_without_memory_for_a_product_the_waiting_ones_are_solved_first(monkeypatch, failures):
     tries = itertools.count()
 
-    def no_memory_at_third(stack):
-        if next(tries) == 2:
+    def short_of_memory(stack):
+        if next(tries) in (2, 3)[:failures]:
             raise torch.OutOfMemoryError("no memory")
         return gram(stack)
 
-    monkeypatch.setattr(batching, "gram", no_memory_at_third)
-    warned, stack = [], stack_of(2, 30, 12)
-    bucket = Bucket(CPU, lambda *_: "batched", lambda: warned.append(1))
-    assert list(bucket.add(0, [stack])) == []
-    ((owner, _),) = bucket.add(1, [stack, stack])  # the second product of the second layer fails
+    monkeypatch.setattr(batching, "gram", short_of_memory)
+    warned, retreats, stack = [], [], stack_of(2, 30, 12)
+    bucket = Bucket(CPU, lambda *_: "batched", warned.append)
+    assert list(bucket.add(0, lambda: [stack, stack])) == []
+    ((owner, _),) = bucket.add(1, lambda: [stack, stack], lambda: retreats.append(1))
     ((other, evals),) = bucket.solve()
-    assert (owner, other, warned) == (0, 1, [1])
+    assert (owner, other, warned) == (0, 1, [CPU])
+    assert len(retreats) == failures - 1
+    assert len(evals) == 2
     for part in evals:
         assert torch.equal(part, gram_eigenvalues(stack))
 
@@ -148,7 +151,7 @@ def test_one_bad_matrix_spoils_only_itself():
 
 
 def test_the_warning_is_given_once():
-    warn = warn_once(CPU)
+    warn = warn_once()
     with pytest.warns(UserWarning, match="fewer layers at a time"):
-        warn()
-    warn()
+        warn(CPU)
+    warn(CPU)

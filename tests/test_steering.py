@@ -18,6 +18,7 @@ from ww_train import (
     project_,
     weight_matrices,
 )
+from ww_train.batching import warn_once
 from ww_train.power_law import fit_power_law
 from ww_train.steering import tasks as tasks_room
 from ww_train.steering.projection import Move, SpectralProjection
@@ -167,6 +168,11 @@ def test_nothing_to_project(threads):
     assert project_all_([], 1.0) == []
 
 
+def in_a_batch(tasks, strength, then=None):
+    """What an accelerator does."""
+    return tasks_room._project_batch(tasks, strength, then, warn_once())
+
+
 @quick
 @given(
     st.integers(20, 40),
@@ -178,7 +184,7 @@ def test_a_batch_is_one_by_one(M, sides, strength, seed):
     shapes = [(M + n, M) if tall else (M, M + n) for n, tall in sides]
     model = layers(*shapes, dtype=torch.float64, seed=seed)
     twin = copy.deepcopy(model)
-    batch = tasks_room._project_batch(tasks_of(model), strength, None)  # what an accelerator does
+    batch = in_a_batch(tasks_of(model), strength)
     assert_same_outcomes(batch, project_all_(tasks_of(twin), strength))
     close(model, twin, 1e-10)
 
@@ -192,9 +198,7 @@ def test_a_batch_of_convolutions_and_gates(dtype):
     twin = copy.deepcopy(model)
     tasks = tasks_of(model)
     assert {task.matrix.M for task in tasks} == {20}
-    assert_same_outcomes(
-        tasks_room._project_batch(tasks, 0.5, None), project_all_(tasks_of(twin), 0.5)
-    )
+    assert_same_outcomes(in_a_batch(tasks, 0.5), project_all_(tasks_of(twin), 0.5))
     close(model, twin, 1e-6 if dtype == torch.float32 else 0.02)
 
 
@@ -203,7 +207,7 @@ def test_in_a_batch_each_layer_has_its_own_projection_and_operator():
     twin, seen = copy.deepcopy(model), []
     tasks = [Task(t.matrix, p) for t, p in zip(tasks_of(model), (A, B, C), strict=True)]
     before = [task.matrix.stack.clone() for task in tasks]
-    outcomes = tasks_room._project_batch(tasks, 1.0, lambda matrix, op: seen.append((matrix, op)))
+    outcomes = in_a_batch(tasks, 1.0, lambda matrix, op: seen.append((matrix, op)))
     assert [outcome.alpha for outcome in outcomes] == pytest.approx([2.0, 3.0, 4.0], abs=1e-6)
     assert [matrix for matrix, _ in seen] == [task.matrix for task in tasks]
     for (matrix, operator), old in zip(seen, before, strict=True):
@@ -224,7 +228,7 @@ def test_in_a_batch_a_layer_that_is_skipped_does_not_stop_the_others():
     tasks = unfit(model)
     locked = WeightMatrix("locked", "dense", gaussian(40, 30)[None], read_only="because")
     tasks.insert(1, Task(locked, ManifoldProjection()))
-    first, second, third, fourth, fifth = tasks_room._project_batch(tasks, 1.0, None)
+    first, second, third, fourth, fifth = in_a_batch(tasks, 1.0)
     assert second == Skipped("locked", "because")
     assert "NaN" in third.reason
     assert fourth.reason == "all weights are zero"
@@ -235,17 +239,14 @@ def test_in_a_batch_a_layer_that_is_skipped_does_not_stop_the_others():
 
 def test_a_batch_of_which_every_layer_is_skipped():
     tasks = tasks_of(layers((40, 8), (8, 30)))
-    assert [outcome.reason for outcome in tasks_room._project_batch(tasks, 1.0, None)] == [
+    assert [outcome.reason for outcome in in_a_batch(tasks, 1.0)] == [
         "8 eigenvalues, fewer than min_evals=20"
     ] * 2
     broken = layers((40, 30), (40, 30))
     with torch.no_grad():
         for weight in broken.parameters():
             weight.fill_(torch.inf)
-    assert all(
-        "infinite" in outcome.reason
-        for outcome in tasks_room._project_batch(tasks_of(broken), 1.0, None)
-    )
+    assert all("infinite" in outcome.reason for outcome in in_a_batch(tasks_of(broken), 1.0))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.linalg.LinAlgError])
@@ -261,7 +262,7 @@ def test_a_batch_that_fails_is_done_one_by_one(monkeypatch, error):
     twin = copy.deepcopy(model)
     expected = project_all_(tasks_of(twin), 0.5)
     monkeypatch.setattr(torch.linalg, "eigh", small_only)
-    assert_same_outcomes(tasks_room._project_batch(tasks_of(model), 0.5, None), expected)
+    assert_same_outcomes(in_a_batch(tasks_of(model), 0.5), expected)
     assert same(model, twin)
 
 
@@ -319,11 +320,11 @@ class Halfway(SpectralProjection):
 def all_ways(threads):
     """The three ways in which layers are projected."""
 
-    def in_parallel(tasks, strength, then):
+    def in_parallel(tasks, strength, then=None):
         threads(3)
         return project_all_(tasks, strength, then)
 
-    return {"alone": project_all_, "in parallel": in_parallel, "batch": tasks_room._project_batch}
+    return {"alone": project_all_, "in parallel": in_parallel, "batch": in_a_batch}
 
 
 WAYS = pytest.mark.parametrize("way", ["alone", "in parallel", "batch"])
@@ -333,7 +334,7 @@ WAYS = pytest.mark.parametrize("way", ["alone", "in parallel", "batch"])
 def test_a_layer_that_fails_is_put_back_and_the_others_are_projected(threads, way):
     model = layers((40, 30), (30, 40), (50, 30))
     before = copy.deepcopy(model)
-    outcomes = all_ways(threads)[way](tasks_of(model, Halfway("l1")), 1.0, None)
+    outcomes = all_ways(threads)[way](tasks_of(model, Halfway("l1")), 1.0)
     assert [type(outcome) for outcome in outcomes] == [Projected, Failed, Projected]
     assert outcomes[1].reason == "the projection failed: RuntimeError: broke off"
     assert isinstance(outcomes[1].error, RuntimeError)
@@ -370,7 +371,7 @@ def test_a_projection_that_fails_before_the_decomposition_does_not_stop_the_batc
     model = layers((40, 30), (30, 40))
     tasks = tasks_of(model)
     tasks[0] = Task(tasks[0].matrix, Refusing())
-    failed, done = tasks_room._project_batch(tasks, 1.0, None)
+    failed, done = in_a_batch(tasks, 1.0)
     assert isinstance(failed, Failed)
     assert isinstance(done, Projected)
 
@@ -521,14 +522,13 @@ def test_it_takes_a_module(model):
 def test_a_device_without_float64_gets_the_weights_of_a_copy(monkeypatch):
     models = [layers((24, 32), (40, 24)) for _ in range(2)]
     project_all_(tasks_of(models[0]), 0.5)
-    # there is no such device here: the first look at each layer finds none, that at its copy does
-    answers, copies = iter([False, True] * 2), []
+    copies = []
 
     def to(matrix, device):
         copies.append(device)
         return dataclasses.replace(matrix, weights=matrix.stack.clone(), parameter=None)
 
-    monkeypatch.setattr(tasks_room, "has_float64", lambda device: next(answers))
+    monkeypatch.setattr(tasks_room, "has_float64", lambda device: False)
     monkeypatch.setattr(WeightMatrix, "to", to)
     changed = []
     before = torch.get_num_threads()

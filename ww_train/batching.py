@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import TypeAlias
 
 import torch
@@ -22,6 +23,10 @@ Solved: TypeAlias = "tuple[int, list[Tensor]]"
 """Position of a layer, and the eigenvalues `(rf, M)` of each of its stacks, in host memory."""
 
 
+Shortage: TypeAlias = Callable[[torch.device], object]
+"""Called where the memory of a device does not suffice, and something smaller is tried."""
+
+
 class Bucket:
     """Gram matrices of one size that are decomposed together, and to which layers they belong.
 
@@ -30,35 +35,52 @@ class Bucket:
     Args:
         device: Where the matrices are.
         choose: Which way to take.
-        warn: Called where memory did not suffice.
+        short: Called where memory did not suffice.
     """
 
-    def __init__(self, device: torch.device, choose: Choose, warn: Callable[[], object]) -> None:
+    def __init__(self, device: torch.device, choose: Choose, short: Shortage) -> None:
         self._device = device
         self._choose = choose
-        self._warn = warn
+        self._short = short
         self._waiting: list[tuple[int, list[Tensor]]] = []
 
     @property
-    def full(self) -> bool:
-        """Whether no more should wait."""
-        return sum(g.nbytes for g in self._grams()) >= BATCH_BYTES
+    def nbytes(self) -> int:
+        """Size of the Gram matrices that wait."""
+        return sum(g.nbytes for _, own in self._waiting for g in own)
 
-    def add(self, owner: int, stacks: Iterable[Tensor]) -> Iterator[Solved]:
+    def add(
+        self,
+        owner: int,
+        stacks: Callable[[], Iterable[Tensor]],
+        retreat: Callable[[], object] = bool,
+    ) -> Iterator[Solved]:
         """Add a layer's stacks; gives what had to be solved to make room.
+
+        Args:
+            owner: Position of the layer.
+            stacks: Makes them; called again where memory did not suffice.
+            retreat: Called before the last time, to have them made on the host.
 
         Cost: no synchronisation, unless memory does not suffice.
         """
-        own: list[Tensor] = []
-        for stack in stacks:
-            try:
-                own.append(gram(stack))
-            except torch.OutOfMemoryError:
-                self._warn()
-                yield from self.solve()
-                own = [g.cpu() for g in own]
-                own.append(gram(stack.cpu()))
-        self._waiting.append((owner, own))
+        try:
+            grams = [gram(stack) for stack in stacks()]
+        except torch.OutOfMemoryError:
+            self._short(self._device)
+            yield from self.solve()
+            grams = self._made_in_less(stacks, retreat)
+        self._waiting.append((owner, grams))
+
+    def _made_in_less(
+        self, stacks: Callable[[], Iterable[Tensor]], retreat: Callable[[], object]
+    ) -> list[Tensor]:
+        """The Gram matrices now that none wait, or on the host."""
+        try:
+            return [gram(stack) for stack in stacks()]
+        except torch.OutOfMemoryError:
+            retreat()
+            return [gram(stack.cpu()) for stack in stacks()]
 
     def solve(self) -> Iterator[Solved]:
         """The eigenvalues of all that wait, in host memory.
@@ -67,15 +89,14 @@ class Bucket:
         each batch.
         """
         waiting, self._waiting = self._waiting, []
-        owned = [(owner, [len(g) for g in own]) for owner, own in waiting]
+        owned = [(owner, len(own)) for owner, own in waiting]
         grams = [g for _, own in waiting for g in own]
         del waiting
-        parts = iter(self._solved(grams))
-        for owner, sizes in owned:
-            yield owner, [next(parts) for _ in sizes]
-
-    def _grams(self) -> list[Tensor]:
-        return [g for _, own in self._waiting for g in own]
+        evals = self._solved(grams)
+        del grams  # the memory may be needed for what becomes of the eigenvalues
+        parts = iter(evals)
+        for owner, number in owned:
+            yield owner, list(islice(parts, number))
 
     def _solved(self, grams: list[Tensor]) -> list[Tensor]:
         """Eigenvalues of each stack of Gram matrices, those on the device and those on the host."""
@@ -98,7 +119,7 @@ class Bucket:
                 return symmetric_eigenvalues(torch.cat(grams)).cpu()
             return torch.cat([symmetric_eigenvalues(m[None]) for g in grams for m in g]).cpu()
         except torch.OutOfMemoryError:
-            self._warn()
+            self._short(self._device)
         if number == 1:
             return symmetric_eigenvalues(grams[0].cpu())
         if len(grams) == 1:
@@ -107,13 +128,13 @@ class Bucket:
         return torch.cat([self._batch(grams[:middle]), self._batch(grams[middle:])])
 
 
-def warn_once(device: torch.device) -> Callable[[], None]:
-    """A warning of `device` that is given at its first call only."""
-    given: list[bool] = []
+def warn_once() -> Shortage:
+    """A warning of a shortage that is given at its first call only."""
+    given: list[torch.device] = []
 
-    def warn() -> None:
+    def warn(device: torch.device) -> None:
         if not given:
-            given.append(True)
+            given.append(device)
             warnings.warn(
                 f"the memory of {device} does not suffice: fewer layers at a time, or the CPU",
                 stacklevel=2,

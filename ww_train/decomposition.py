@@ -11,7 +11,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from ww_train.batching import Bucket, Choose, Solved, warn_once
+from ww_train.batching import BATCH_BYTES, Bucket, Choose, Shortage, Solved, warn_once
 from ww_train.calibration import costs_of
 from ww_train.cores import one_core_each
 from ww_train.linalg import Eigensolver, gram_eigenvalues
@@ -41,6 +41,7 @@ class Job:
         device: Where the stacks are.
         load: Brings what `stacks` needs into memory; called before it, perhaps in another thread.
         release: Lets go of what `load` brought.
+        retreat: Has `stacks` make the following ones on the host.
         nbytes: Memory that `load` takes, in bytes; 0 if everything is in memory already.
         collective: Whether `load` talks to other processes: it is then called in the caller's thread
             and in the order of the jobs.
@@ -51,12 +52,13 @@ class Job:
     device: torch.device
     load: Callable[[], object] = bool
     release: Callable[[], object] = bool
+    retreat: Callable[[], object] = bool
     nbytes: int = 0
     collective: bool = False
 
 
 def decompose(
-    jobs: Sequence[Job], solver: Eigensolver = gram_eigenvalues
+    jobs: Sequence[Job], solver: Eigensolver = gram_eigenvalues, short: Shortage | None = None
 ) -> Generator[Solved, None, None]:
     """Eigenvalues of many layers, ascending, float64, one layer after another.
 
@@ -68,14 +70,16 @@ def decompose(
     Args:
         jobs: What to decompose.
         solver: Arithmetic to use; batching applies to `gram_eigenvalues` only.
+        short: Called where an accelerator's memory did not suffice; None warns once.
 
     Yields:
         Each job's position and its eigenvalues: small layers of the CPU first, then large ones, then
-        batches of accelerators. On the CPU the job's weights are released when the next is asked for.
+        batches of accelerators. The job's weights are released when the next is asked for.
 
     Cost: see `gram` and `symmetric_eigenvalues`; one copy to the host a job on the CPU path, one for
     each batch of an accelerator.
     """
+    short = short or warn_once()
 
     def solve(i: int) -> list[Tensor]:
         with torch.no_grad():
@@ -88,13 +92,12 @@ def decompose(
     for device in dict.fromkeys(job.device for job in jobs if job.device.type != "cpu"):
         chosen = [i for i, job in enumerate(jobs) if job.device == device]
         if solver is gram_eigenvalues:
-            yield from _batched(jobs, chosen, device, costs_of(device).fastest)
+            solved = _batched(jobs, chosen, device, costs_of(device).fastest, short)
         else:
-            for i in chosen:
-                jobs[i].load()
-                evals = [part.cpu() for part in solve(i)]
-                yield i, evals
-                jobs[i].release()
+            solved = _in_turn(jobs, chosen, solve, short)
+        for i, evals in solved:
+            yield i, evals
+            jobs[i].release()
 
 
 def _spread(sizes: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
@@ -167,20 +170,35 @@ def _on_all_cores(
         reader.shutdown(cancel_futures=True)
 
 
-def _batched(
-    jobs: Sequence[Job], chosen: list[int], device: torch.device, choose: Choose
+def _in_turn(
+    jobs: Sequence[Job], chosen: list[int], solve: Callable[[int], list[Tensor]], short: Shortage
 ) -> Iterator[Solved]:
-    """Decompose the Gram matrices of equal size together, at most `BATCH_BYTES` at a time."""
+    """Solve one after another on their accelerator, or on the host if there is no memory."""
+    for i in chosen:
+        jobs[i].load()
+        try:
+            evals = solve(i)
+        except torch.OutOfMemoryError:
+            short(jobs[i].device)
+            jobs[i].retreat()
+            evals = solve(i)
+        yield i, [part.cpu() for part in evals]
+
+
+def _batched(
+    jobs: Sequence[Job], chosen: list[int], device: torch.device, choose: Choose, short: Shortage
+) -> Iterator[Solved]:
+    """Decompose the Gram matrices of equal size together, with at most `BATCH_BYTES` waiting."""
     by_size: dict[int, list[int]] = {}
     for i in chosen:
         by_size.setdefault(jobs[i].M, []).append(i)
-    warn = warn_once(device)
     for indices in by_size.values():
-        bucket = Bucket(device, choose, warn)
+        bucket, held = Bucket(device, choose, short), 0
         for i in indices:
             jobs[i].load()
-            yield from bucket.add(i, jobs[i].stacks())
-            jobs[i].release()
-            if bucket.full:
+            held += jobs[i].nbytes
+            yield from bucket.add(i, jobs[i].stacks, jobs[i].retreat)
+            if bucket.nbytes + held >= BATCH_BYTES:
                 yield from bucket.solve()
+                held = 0
         yield from bucket.solve()

@@ -24,6 +24,8 @@ def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64; Apple's GPUs do not."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
+    except torch.OutOfMemoryError:  # no room even for this
+        return True
     except (RuntimeError, TypeError):
         return False
     return True
@@ -97,10 +99,17 @@ def symmetric_eigenvalues(grams: Tensor) -> Tensor:
 
 def _one_by_one(grams: Tensor) -> Tensor:
     """Eigenvalues where the batch as a whole failed: one bad matrix must spoil only itself."""
-    evals = grams.new_empty(grams.shape[:2])
-    for i, matrix in enumerate(grams):
-        try:
-            evals[i] = torch.linalg.eigvalsh(matrix)
-        except RuntimeError:
-            evals[i] = torch.inf
+    return torch.stack([_alone(matrix) for matrix in grams])
+
+
+def _alone(matrix: Tensor) -> Tensor:
+    """Eigenvalues of one matrix; where the solver of an accelerator gives up, by LAPACK."""
+    try:
+        evals: Tensor = torch.linalg.eigvalsh(matrix)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if matrix.device.type == "cpu":
+            return matrix.new_full(matrix.shape[:1], torch.inf)
+        return _alone(matrix.cpu()).to(matrix.device)
     return evals

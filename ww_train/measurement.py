@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ww_train.batching import warn_once
 from ww_train.confidence import confidence
 from ww_train.decomposition import decompose, work
 from ww_train.divergence import jensen_shannon_distance
@@ -62,12 +63,18 @@ class Measurement:
         jobs = [plan.job(shuffles, own=plan.matrix.name not in self.known) for plan in plans]
         outcomes: dict[int, LayerReport | Skipped] = {}
         bar = tqdm(total=len(jobs), unit="layer", delay=1, disable=not self.progress or None)
-        with bar, torch.no_grad(), closing(decompose(jobs, self.eigensolver)) as solved:
+        short = warn_once()
+        with bar, torch.no_grad(), closing(decompose(jobs, self.eigensolver, short)) as solved:
             for position, evals in solved:
                 plan = plans[position]
                 bar.set_postfix_str(plan.matrix.name, refresh=False)
                 bar.update()
-                outcomes[position] = self._report(plan, evals)
+                try:
+                    outcomes[position] = self._report(plan, evals)
+                except torch.OutOfMemoryError:
+                    short(plan.matrix.device)
+                    plan.retreat()
+                    outcomes[position] = self._report(plan, evals)
         return [outcomes[position] for position in range(len(plans))]
 
     def _report(self, plan: Plan, evals: Sequence[Tensor]) -> LayerReport | Skipped:

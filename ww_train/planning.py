@@ -96,6 +96,11 @@ class Plan:
             self.eps *= float(matrix.stack.to(torch.float64).norm()) / size
         return difference
 
+    def retreat(self) -> None:
+        """Go on with a copy in host memory, until it is released."""
+        with torch.no_grad():
+            self._loaded = self.weights().to(CPU)
+
     def release(self) -> None:
         """Let go of the weights."""
         self._loaded = None
@@ -114,9 +119,11 @@ class Plan:
         core = self._core()
         m, base = self.matrix, self.base
         if base is None and (not m.deferred or (core is not None and not seeds)):
-            return Job(stacks, m.M, m.device)
+            return Job(stacks, m.M, m.device, bool, self.release, self.retreat)
         size = math.prod(m.shape) * (m.dtype.itemsize if base is None else 8)
-        return Job(stacks, m.M, m.device, self.load, self.release, size, self.collective)
+        return Job(
+            stacks, m.M, m.device, self.load, self.release, self.retreat, size, self.collective
+        )
 
     def _core(self) -> Callable[[], Tensor] | None:
         """Makes a small matrix of the same positive eigenvalues, where the layer has one."""

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ww_train.batching import BATCH_BYTES
+from ww_train.batching import BATCH_BYTES, Shortage, warn_once
 from ww_train.cores import one_core_each
 from ww_train.decomposition import LARGE
 from ww_train.linalg import gram, has_float64
@@ -93,30 +93,46 @@ def project_all_(tasks: Sequence[Task], strength: float, then: Then | None = Non
 
     On the CPU small layers are spread over the cores, on an accelerator the Gram matrices of one
     size are decomposed as a batch; projections that are not spectral go one after another. On a
-    device without float64 a copy on the CPU is projected and written back.
+    device without float64, or without the memory, a copy on the CPU is projected and written back.
     """
+    short = warn_once()
     results: dict[int, Outcome] = {}
     spectral = [i for i, t in enumerate(tasks) if isinstance(t.projection, SpectralProjection)]
     on_cpu = [i for i in spectral if tasks[i].matrix.stack.device.type == "cpu"]
     small = [i for i in on_cpu if tasks[i].matrix.M < LARGE]
     if len(small) > 1 and torch.get_num_threads() > 1:
         with one_core_each() as pool:
-            done = pool.map(lambda i: _project(tasks[i], strength, then), small)
+            done = pool.map(lambda i: _project(tasks[i], strength, then, short), small)
             results.update(zip(small, done, strict=True))
     elsewhere = [i for i in spectral if i not in on_cpu and has_float64(tasks[i].matrix.device)]
     for batch in _batches(tasks, elsewhere):
-        outcomes = _project_batch([tasks[i] for i in batch], strength, then)
+        outcomes = _project_batch([tasks[i] for i in batch], strength, then, short)
         results.update(zip(batch, outcomes, strict=True))
     for i, task in enumerate(tasks):
         if i not in results:
-            results[i] = _project(task, strength, then)
+            results[i] = _project(task, strength, then, short)
     return [results[i] for i in range(len(tasks))]
 
 
-def _project(task: Task, strength: float, then: Then | None) -> Outcome:
-    matrix, projection = task.matrix, task.projection
-    if not has_float64(matrix.device):
+def _project(task: Task, strength: float, then: Then | None, short: Shortage) -> Outcome:
+    device = task.matrix.device
+    if not has_float64(device):
         return _project_on_host(task, strength, then)
+    outcome = _project_there(task, strength, then)
+    return _project_on_host(task, strength, then) if _starved(outcome, task, short) else outcome
+
+
+def _starved(outcome: Outcome, task: Task, short: Shortage) -> bool:
+    """Whether a projection failed because memory did not suffice, which is told."""
+    if not (isinstance(outcome, Failed) and isinstance(outcome.error, torch.OutOfMemoryError)):
+        return False
+    short(task.matrix.device)
+    return True
+
+
+def _project_there(task: Task, strength: float, then: Then | None) -> Outcome:
+    """Project where the weights are."""
+    matrix, projection = task.matrix, task.projection
     if then is None or not isinstance(projection, SpectralProjection):
         return _guarded(matrix, lambda: projection.project_(matrix, strength))
     after = partial(then, matrix)
@@ -124,17 +140,17 @@ def _project(task: Task, strength: float, then: Then | None) -> Outcome:
 
 
 def _project_on_host(task: Task, strength: float, then: Then | None) -> Outcome:
-    """For a device without float64: project a copy on the CPU, and write it back."""
-    here = replace(task, matrix=task.matrix.to(CPU))
-    of_original = None if then is None else lambda _copy, operator: then(task.matrix, operator)
-
-    def step() -> Outcome:
-        outcome = _project(here, strength, of_original)
+    """Project a copy on the CPU, and write it back."""
+    matrix = task.matrix
+    of_original = None if then is None else lambda _copy, operator: then(matrix, operator)
+    try:
+        here = replace(task, matrix=matrix.to(CPU))
+        outcome = _project_there(here, strength, of_original)
         if isinstance(outcome, Projected):
-            task.matrix.stack.copy_(here.matrix.stack)
-        return outcome
-
-    return _guarded(task.matrix, step)
+            matrix.stack.copy_(here.matrix.stack)
+    except Exception as error:
+        return _failed(matrix, error)
+    return outcome
 
 
 @torch.no_grad()  # a property of the thread
@@ -147,8 +163,12 @@ def _guarded(matrix: WeightMatrix, step: Callable[[], Outcome]) -> Outcome:
     except Exception as error:
         if before is not None:
             matrix.stack.copy_(before)
-        reason = f"the projection failed: {type(error).__name__}: {error}"
-        return Failed(matrix.name, reason, error)
+        return _failed(matrix, error)
+
+
+def _failed(matrix: WeightMatrix, error: Exception) -> Failed:
+    reason = f"the projection failed: {type(error).__name__}: {error}"
+    return Failed(matrix.name, reason, error)
 
 
 def _batches(tasks: Sequence[Task], chosen: Sequence[int]) -> Iterator[list[int]]:
@@ -169,14 +189,18 @@ def _batches(tasks: Sequence[Task], chosen: Sequence[int]) -> Iterator[list[int]
         yield batch
 
 
-def _project_batch(tasks: Sequence[Task], strength: float, then: Then | None) -> list[Outcome]:
+def _project_batch(
+    tasks: Sequence[Task], strength: float, then: Then | None, short: Shortage
+) -> list[Outcome]:
     """Decompose together; if that fails, one by one, so that one bad layer spoils only itself."""
     try:
         results, ready = _decomposed(tasks)
     except Exception:  # no convergence, no memory, or a projection of one's own
-        return [_project(task, strength, then) for task in tasks]
+        return [_project(task, strength, then, short) for task in tasks]
     for i, (evals, vectors) in ready.items():
         results[i] = _apply(tasks[i], strength, evals, vectors, then)
+        if _starved(results[i], tasks[i], short):
+            results[i] = _project_on_host(tasks[i], strength, then)
     return [results[i] for i in range(len(tasks))]
 
 
