@@ -298,7 +298,7 @@ def test_what_the_momentum_needs_is_made_on_the_host_too(gpu):
         for m in (model, there)
     ]
     descend(opts, model, there, steps=1)
-    gpu.reset(free=100_000)
+    gpu.reset(free=60_000)
     with pytest.warns(UserWarning, match="does not suffice") as caught:
         descend(opts, model, there, steps=1, first=1)
     assert len(caught) == 1

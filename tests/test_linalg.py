@@ -4,6 +4,7 @@ import torch
 
 from ww_train import linalg, measure
 from ww_train.linalg import (
+    all_finite,
     float32_eigenvalues,
     gram,
     gram_eigenvalues,
@@ -144,3 +145,13 @@ def test_what_does_not_change_the_eigenvalues(change):
     weight = gaussian(40, 30, dtype=torch.float64)
     evals = evals_of(weight)
     np.testing.assert_allclose(evals_of(change(weight)), evals, rtol=1e-11, atol=1e-13 * evals[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, None])
+def test_one_bad_number_is_enough(dtype, bad):
+    values = gaussian(40, 30).to(dtype)
+    assert all_finite(values)
+    if bad is not None:
+        values[17, 5] = bad
+        assert not all_finite(values)

@@ -48,6 +48,16 @@ def test_a_heavy_piece_stands_alone():
     assert [owner == owners[2] for owner in owners] == [False, False, True, False, False]
 
 
+def test_kinds_that_alternate_go_to_all_ranks():
+    owners = deal(
+        [2.0, 2.0] * 4, 2
+    )  # equal as far as one can tell, but perhaps not as it turns out
+    assert [sum(owners[i] == 0 for i in kind) for kind in (range(0, 8, 2), range(1, 8, 2))] == [
+        2,
+        2,
+    ]
+
+
 def test_nothing_to_deal():
     assert deal([], 3) == []
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ww_train.linalg import gram
+from ww_train.linalg import all_finite, gram
 from ww_train.spectrum import EPS64, Array
 from ww_train.weights.matrices import WeightMatrix
 
@@ -80,7 +80,7 @@ def vector_metrics(matrix: WeightMatrix, xmin: float) -> Localization:
         raise ValueError(f"expected the start of a tail, got xmin = {xmin} for {matrix.name}")
     stack = matrix.stack.detach()
     grams = gram(stack if stack.shape[1] > stack.shape[2] else stack.mT, matrix.scale)
-    if not bool(grams.isfinite().all()):
+    if not all_finite(grams):
         raise ValueError(
             f"expected finite weights, got NaN, infinite or overflowing in {matrix.name}"
         )

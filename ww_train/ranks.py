@@ -15,18 +15,18 @@ def deal(costs: Sequence[float], ranks: int) -> list[int]:
     """Which rank gets which piece of work: the heaviest first, each to the least loaded rank.
 
     The longest rank is at most 4/3 of the best possible (Graham, SIAM J. Applied Math. 17 (1969)
-    416). The same on every rank.
+    416). Equal pieces are dealt forth and back: in a model kinds of layers alternate, and those of a
+    kind would all go to one rank. The same on every rank.
 
     Args:
         costs: Cost of each piece, in any unit.
         ranks: Number of ranks.
     """
-    loads = [(0.0, rank) for rank in range(ranks)]
+    loads = [(0.0, 0, rank) for rank in range(ranks)]
     owners = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        load, rank = heapq.heappop(loads)
-        owners[i] = rank
-        heapq.heappush(loads, (load + costs[i], rank))
+    for turn, i in enumerate(sorted(range(len(costs)), key=lambda i: -costs[i])):
+        load, _, owners[i] = heapq.heappop(loads)
+        heapq.heappush(loads, (load + costs[i], -turn, owners[i]))
     return owners
 
 

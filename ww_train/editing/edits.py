@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ww_train.linalg import all_finite
 from ww_train.selection import Layers, select
 from ww_train.weights.matrices import Skipped, WeightMatrix, weight_matrices
 
@@ -135,7 +136,7 @@ def write_(matrix: WeightMatrix, values: Tensor) -> float | Skipped:
     """
     stack = matrix.stack
     rounded = values.to(stack.dtype)
-    if not bool(rounded.isfinite().all()):
+    if not all_finite(rounded):
         return Skipped(matrix.name, f"the result would overflow {stack.dtype}")
     norm = float(torch.linalg.vector_norm(stack, dtype=torch.float64))
     moved = float(torch.linalg.vector_norm(rounded.to(torch.float64, copy=True).sub_(stack)))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ww_train.editing.edits import Editable, Edits, edit_, write_
 from ww_train.editing.rewriting import rewrite_checkpoint
 from ww_train.editing.rules import DETX_TAIL, Rule, kept_by
-from ww_train.linalg import gram
+from ww_train.linalg import all_finite, gram
 from ww_train.selection import Layers
 from ww_train.weights.matrices import NOT_FINITE, Skipped, WeightMatrix
 
@@ -133,7 +133,7 @@ class _Truncation:
     @torch.no_grad()
     def __call__(self, matrix: WeightMatrix) -> Smoothed | Skipped:
         grams = gram(matrix.stack, matrix.scale)
-        if not bool(grams.isfinite().all()):
+        if not all_finite(grams):
             return Skipped(matrix.name, NOT_FINITE)
         try:
             evals, vectors = torch.linalg.eigh(grams)

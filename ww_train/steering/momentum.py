@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ww_train.linalg import all_finite
 from ww_train.steering.projection import Operator
 from ww_train.weights.matrices import WeightMatrix
 
@@ -52,7 +53,7 @@ def change_momentum_(
     buffers = list(momentum_buffers(matrix, state))
     changed = [policy(buffer, operator).to(buffer.dtype) for buffer in buffers]
     for buffer, new in zip(buffers, changed, strict=True):
-        if new.isfinite().all():
+        if all_finite(new):
             buffer.copy_(new)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ww_train.erg import erg_tail
-from ww_train.linalg import gram
+from ww_train.linalg import all_finite, gram
 from ww_train.power_law import SMALL_N, PowerLawFit, fit_power_law
 from ww_train.spectrum import EPS64, Array, Spectrum
 from ww_train.steering.rounding import round_to
@@ -140,7 +140,7 @@ class SpectralProjection(ABC):
         if refusal:
             return Skipped(found.name, refusal)
         grams = gram(found.stack, found.scale)
-        if not grams.isfinite().all():
+        if not all_finite(grams):
             return Skipped(found.name, NOT_FINITE)
         return self.apply_(found, strength, *torch.linalg.eigh(grams), then=then)
 
@@ -178,7 +178,7 @@ class SpectralProjection(ABC):
         operator = _scaling(vectors, factors.reshape(evals.shape), rest)
         seed = zlib.crc32(host.tobytes())
         rounded = round_to(operator(matrix.stack), matrix.stack.dtype, seed)
-        if not rounded.isfinite().all():
+        if not all_finite(rounded):
             return Skipped(matrix.name, f"the result would overflow {matrix.stack.dtype}")
         matrix.stack.copy_(rounded)
         if then is not None:
@@ -188,7 +188,7 @@ class SpectralProjection(ABC):
 
 
 def _scaling(vectors: Tensor, factors: Array, rest: float) -> Operator:
-    """Multiplication of singular values: `rest W + W V diag(factors - rest) Vᵀ`.
+    """Multiplication of singular values: `rest W + W V diag(factors - rest) Vᵀ`, for a tall W.
 
     Most of a bulk is scaled by one number, so that only the vectors of the others enter the products.
 
@@ -202,10 +202,11 @@ def _scaling(vectors: Tensor, factors: Array, rest: float) -> Operator:
     change = torch.from_numpy(factors[:, None, other] - rest).to(vectors.device)
 
     def operator(stack: Tensor) -> Tensor:
-        stack = stack.to(vectors.device).to(torch.float64)
-        tall = stack if stack.shape[1] >= stack.shape[2] else stack.mT
-        moved = torch.baddbmm(tall, (tall @ chosen).mul_(change), chosen.mT, beta=rest)
-        return moved if tall is stack else moved.mT
+        own = stack.to(vectors.device, torch.float64, copy=True)
+        if own.shape[1] >= own.shape[2]:
+            return own.baddbmm_((own @ chosen).mul_(change), chosen.mT, beta=rest)
+        # V diag Vᵀ W: the layout stays, a transposed copy costs half as much as the products
+        return own.baddbmm_(chosen, (chosen.mT @ own).mul_(change.mT), beta=rest)
 
     return operator
 

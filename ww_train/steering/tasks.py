@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ww_train.batching import BATCH_BYTES, Shortage, warn_once
 from ww_train.cores import one_core_each
 from ww_train.decomposition import LARGE
-from ww_train.linalg import gram, has_float64
+from ww_train.linalg import all_finite, gram, has_float64
 from ww_train.selection import Pattern, select
 from ww_train.steering.manifold_projection import ManifoldProjection
 from ww_train.steering.projection import (
@@ -217,7 +217,7 @@ def _decomposed(
         else:
             grams[i] = gram(task.matrix.stack, task.matrix.scale)
     if grams:  # one synchronisation for all
-        finite = torch.stack([g.isfinite().all() for g in grams.values()]).tolist()
+        finite = torch.stack([all_finite(g) for g in grams.values()]).tolist()
         for i in [i for i, ok in zip(grams, finite, strict=True) if not ok]:
             del grams[i]
             skipped[i] = Skipped(tasks[i].matrix.name, NOT_FINITE)

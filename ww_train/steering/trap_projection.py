@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ww_train.editing.trap_removal import without_traps
+from ww_train.linalg import all_finite
 from ww_train.steering.projection import Projected
 from ww_train.steering.rounding import round_to
 from ww_train.weights.matrices import NOT_FINITE, Skipped, WeightMatrix
@@ -50,7 +51,7 @@ class TrapProjection:
             raise ValueError(f"strength must be between 0 and 1, got {strength}")
         if matrix.read_only:
             return Skipped(matrix.name, matrix.read_only)
-        if not matrix.stack.isfinite().all():
+        if not all_finite(matrix.stack):
             return Skipped(matrix.name, NOT_FINITE)
         cleaned = without_traps(matrix)
         if not cleaned.causes:
@@ -60,7 +61,7 @@ class TrapProjection:
         distance = float(step.norm() / exact.norm())
         seed = zlib.crc32(repr(cleaned.causes).encode())
         rounded = round_to(exact + strength * step, matrix.stack.dtype, seed)
-        if not rounded.isfinite().all():
+        if not all_finite(rounded):
             return Skipped(matrix.name, f"the result would overflow {matrix.stack.dtype}")
         # where nothing moves the sum may still have lost the sign of a zero
         matrix.stack.copy_(torch.where(step == 0.0, matrix.stack, rounded))
