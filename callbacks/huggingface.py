@@ -34,7 +34,7 @@ from transformers.training_args import ParallelMode
 
 from ww_train import WWPGD
 
-from .monitor import SpectralMonitor
+from .boundary import BoundaryMonitor
 from .reporters import Reporter, calling_handler, reports
 from .sharing import Ranks, ranks_of
 
@@ -70,7 +70,7 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, **options: Unpack[MonitorOptions]) -> None:
-        self.monitor = SpectralMonitor(**options)
+        self.monitor = BoundaryMonitor(**options)
         self.last_step = -1
         self._training = False
         self._first: WeightWatcherCallback | None = None  # of two in one trainer

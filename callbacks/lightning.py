@@ -18,8 +18,8 @@ except (ImportError, RuntimeError) as error:
         "match the installed torch: install them together, or uninstall them"
     ) from error
 
+from .boundary import BoundaryMonitor
 from .loggers import LightningLog
-from .monitor import SpectralMonitor
 from .sharing import Ranks, ranks_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class WeightWatcherCallback(pl.Callback):
 
     def __init__(self, **options: Unpack[MonitorOptions]) -> None:
         super().__init__()
-        self.monitor = SpectralMonitor(**options)
+        self.monitor = BoundaryMonitor(**options)
         self._last_step = -1
         self._phantom = False
         self._idle = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 from ww_train.selection import Layers
@@ -28,3 +29,4 @@ class MonitorOptions(TypedDict, total=False):
     early_stop: StopRule | None
     on_verdict: OnVerdict | None
     summary: bool
+    clock: Callable[[], float]

@@ -111,6 +111,7 @@ ORDER = [
     "weightwatcher.watcher",
     "weightwatcher",
     "cli.conditions",
+    "cli.values",
     "cli.help",
     "cli.output",
     "cli.source",

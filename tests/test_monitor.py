@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ww_train import WWPGD, ManifoldProjection, Projected, Skipped, measure
+from ww_train.callbacks.boundary import BoundaryMonitor
 from ww_train.callbacks.early_stopping import alpha_below, traps_appear
 from ww_train.callbacks.monitor import SpectralMonitor, find_wwpgd
 from ww_train.callbacks.options import MonitorOptions
@@ -478,10 +479,11 @@ def test_vectors_and_intervals_on_request():
 
 
 def test_options_of_the_callbacks_are_those_of_the_monitor():
-    parameters = inspect.signature(SpectralMonitor).parameters.values()
-    own = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"clock"}
+    parameters = inspect.signature(BoundaryMonitor).parameters.values()
+    own = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert own == MonitorOptions.__annotations__.keys()
-    plain = own - {"log_to", "early_stop", "on_verdict"}
+    assert all(f"{name}: " in inspect.getdoc(SpectralMonitor) for name in own)
+    plain = own - {"log_to", "early_stop", "on_verdict", "clock"}
     assert watch().settings.keys() == plain
     assert watch(**watch(seed=3).settings).settings["seed"] == 3
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from typing import NoReturn
 
-import torch
-
 from ww_train.cli import help as texts
 from ww_train.cli.commands import analyze, describe, report, smooth
 from ww_train.cli.compare import compare
-from ww_train.cli.conditions import Condition, condition
 from ww_train.cli.plan import calibrate_device, plan
 from ww_train.cli.plot import FIGURES, plot
+from ww_train.cli.values import condition_of, count, device_name, positive, rule_of, share
 from ww_train.editing.rules import AboveBulk, Bottom, DetXTail, PowerLawTail, Top
 from ww_train.planning import MAX_EVALS
 
@@ -178,7 +175,7 @@ def _smooth(sub: Parser) -> None:
         rules.add_argument(flag, dest="rule", action="store_const", const=rule, help=f"keep {kept}")
     for flag, kind, kept in SHARES:
         rules.add_argument(
-            flag, dest="rule", type=_rule(kind), metavar="SHARE", help=f"keep {kept}"
+            flag, dest="rule", type=rule_of(kind), metavar="SHARE", help=f"keep {kept}"
         )
     _choice(sub)
 
@@ -190,19 +187,19 @@ def _plan(sub: Parser) -> None:
         "path", metavar="PATH", help="a model, or the config.json of one by Hugging Face"
     )
     sub.add_argument(
-        "--gpus", type=_count, default=1, metavar="N", help="ranks that share the layers"
+        "--gpus", type=count, default=1, metavar="N", help="ranks that share the layers"
     )
     costs = sub.add_mutually_exclusive_group()
     costs.add_argument("--costs", metavar="FILE", help="costs that calibrate saved elsewhere")
     costs.add_argument(
         "--device",
-        type=_device_name,
+        type=device_name,
         metavar="DEVICE",
         help="take the costs of this device, measuring them if need be; default: cpu",
     )
     sub.add_argument(
         "--max-evals",
-        type=_count,
+        type=count,
         default=MAX_EVALS,
         metavar="N",
         help="layers with more eigenvalues are skipped, as the callbacks do; default: %(default)s",
@@ -219,10 +216,10 @@ def _step(sub: Parser) -> None:
         ("--flops", "F", "peak operations a second of a rank; 40 %% of them are taken to be used"),
         ("--network", "GB", "gigabytes a second that a rank receives: adds gathering shards"),
     ):
-        group.add_argument(flag, type=_positive, metavar=metavar, help=meaning)
+        group.add_argument(flag, type=positive, metavar=metavar, help=meaning)
     group.add_argument(
         "--overhead",
-        type=_share,
+        type=share,
         default=0.01,
         metavar="SHARE",
         help="of the training time that a kind of measurement may take; default: 0.01",
@@ -233,7 +230,7 @@ def _calibrate(sub: Parser) -> None:
     sub.set_defaults(command=calibrate_device)
     sub.epilog = texts.CALIBRATE
     sub.add_argument(
-        "--device", type=_device_name, metavar="DEVICE", help="cpu (the default), cuda or cuda:1"
+        "--device", type=device_name, metavar="DEVICE", help="cpu (the default), cuda or cuda:1"
     )
     sub.add_argument(
         "-o",
@@ -282,7 +279,7 @@ def _numbers(sub: Parser) -> None:
 
 def _device(sub: Parser) -> None:
     sub.add_argument(
-        "--device", type=_device_name, metavar="DEVICE", help="cpu (the default), cuda or cuda:1"
+        "--device", type=device_name, metavar="DEVICE", help="cpu (the default), cuda or cuda:1"
     )
     sub.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
 
@@ -298,61 +295,8 @@ def _conditions(sub: Parser) -> None:
     sub.add_argument(
         "--fail-if",
         action="append",
-        type=_condition,
+        type=condition_of,
         default=[],
         metavar="CONDITION",
         help="leave with code 1 if true, e.g. 'alpha<2'; repeatable; see analyze --help",
     )
-
-
-def _condition(text: str) -> Condition:
-    try:
-        return condition(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number above 0, not {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0.0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"a number above 0, not {text!r}")
-    return number
-
-
-def _share(text: str) -> float:
-    number = _positive(text)
-    if number > 1.0:
-        raise argparse.ArgumentTypeError(f"a share above 0 and up to 1, not {text!r}")
-    return number
-
-
-def _rule(kind: type[Top] | type[Bottom]) -> Callable[[str], Top | Bottom]:
-    def read(text: str) -> Top | Bottom:
-        try:
-            return kind(float(text))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"a share between 0 and 1, not {text!r}") from error
-
-    return read
-
-
-def _device_name(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; try cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text}: 64-bit arithmetic is needed; use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise argparse.ArgumentTypeError(f"no {text}: PyTorch finds {found} CUDA devices here")
-    return device
