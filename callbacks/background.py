@@ -97,6 +97,7 @@ class BackgroundSurvey(Survey):
             raise RuntimeError("; ".join(dict.fromkeys(failed)))
         reports = [part for part in parts if isinstance(part, Taken)]
         seconds = max(part.seconds for part in reports)
+        budget.beside += seconds
         if lot.work:
             budget.learn(lot.work, seconds)
         return Taken(joined(part.report for part in reports), lot.moment, seconds)

@@ -287,7 +287,15 @@ class BoundaryMonitor:
         """The training so far as a table: `print(monitor.summarise(step).text())`."""
         line, account = self.timeline, self.budget
         report = line.report or Report((), ())
-        return Summary(report, line.first, line.measured, step, account.spent, account.overhead)
+        return Summary(
+            report,
+            line.first,
+            line.measured,
+            step,
+            seconds=account.spent,
+            overhead=account.overhead,
+            beside=account.beside,
+        )
 
     def state_dict(self, *, wait: bool = True) -> dict[str, Any]:
         """History, first and latest verdicts, steps and cost as plain JSON; reports are not kept.

@@ -28,6 +28,7 @@ class Budget:
     Attributes:
         trained: Seconds of training seen so far: all the time between boundaries.
         spent: Seconds spent on watching so far.
+        beside: Seconds that a thread in the background has measured; no part of the others.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Budget:
         self.clock = clock
         self.trained = 0.0
         self.spent = 0.0
+        self.beside = 0.0
         self._rate: float | None = None  # seconds an operation
         self._since: float | None = None
 
@@ -95,11 +97,17 @@ class Budget:
 
     def state_dict(self) -> dict[str, float | None]:
         """Plain numbers for a checkpoint."""
-        return {"trained": self.trained, "spent": self.spent, "rate": self._rate}
+        return {
+            "trained": self.trained,
+            "spent": self.spent,
+            "beside": self.beside,
+            "rate": self._rate,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the account of a checkpoint."""
         self.trained, self.spent, self._rate = state["trained"], state["spent"], state["rate"]
+        self.beside = state.get("beside", 0.0)  # not in older checkpoints
 
 
 @dataclass(frozen=True)

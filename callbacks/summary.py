@@ -25,8 +25,9 @@ class Summary:
         first: Alpha of each layer when it was first measured.
         measured: Step at which each layer was last measured.
         step: The last step.
-        seconds: What watching took.
+        seconds: How long training waited for watching.
         overhead: The same as a fraction of the training time; None if nothing was trained.
+        beside: What was measured in the background meanwhile, in seconds.
     """
 
     report: Report
@@ -35,6 +36,7 @@ class Summary:
     step: int
     seconds: float
     overhead: float | None
+    beside: float = 0.0
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row a layer: the worst verdicts first, among equal ones in model order."""
@@ -47,10 +49,11 @@ class Summary:
         if any(self.measured.get(layer.name, self.step) != self.step for layer in self.report):
             lines.append(f"* measured before the last step, {self.step}, to stay within the budget")
         share = "" if self.overhead is None else f", {100 * self.overhead:.1f} % of training time"
+        beside = f"; {self.beside:.1f} s in the background" if self.beside else ""
         return [
             *lines,
             f"the model: {self.report.verdict}",
-            f"watching took {self.seconds:.1f} s{share}",
+            f"watching took {self.seconds:.1f} s{share}{beside}",
         ]
 
     def text(self) -> str:

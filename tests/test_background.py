@@ -254,9 +254,10 @@ def test_an_exception_does_not_wait_for_layers_that_are_not_begun(monkeypatch):
     monitor = watch(deep())
     shutdown = background.ThreadPoolExecutor.shutdown
 
-    def and_go(*arguments, **options):
-        go.set()
-        return shutdown(*arguments, **options)
+    def and_go(pool, **options):
+        if pool is monitor.survey._thread:  # measuring uses pools too
+            go.set()
+        return shutdown(pool, **options)
 
     monkeypatch.setattr(background.ThreadPoolExecutor, "shutdown", and_go)
     with pytest.raises(KeyboardInterrupt):
@@ -477,6 +478,18 @@ def watched_by_two(shards, fails):
         background.measure, background.COPY_BYTES = alone, limit
     records = [(r["step"], of_layers(r)) for r in monitor.history]
     return records, sorted(set(seen)), of_layers(measure(model, randomize=True).scalars())
+
+
+def test_what_the_thread_took_is_told_apart():
+    monitor = started(deep())
+    assert monitor.budget.beside == 0.0
+    epochs(monitor, 2)
+    took = [record["ww/seconds"] for record in monitor.history[1:]]
+    assert monitor.budget.beside == pytest.approx(sum(took))
+    other = watch()
+    other.load_state_dict(monitor.state_dict())
+    assert other.budget.beside == monitor.budget.beside
+    monitor.close()
 
 
 @pytest.mark.parametrize("shards", [False, True], ids=["replicas", "shards"])

@@ -37,6 +37,11 @@ def test_a_table_of_what_a_person_wants_to_know():
     ]
 
 
+def test_the_background_is_told_apart():
+    told = replace(summary(layer("fc1", 3.25)), beside=12.34).footer()
+    assert told[-1] == "watching took 1.2 s, 1.2 % of training time; 12.3 s in the background"
+
+
 def test_the_worst_come_first_and_the_rest_is_counted():
     layers = [layer(f"l{i}", 3.0, i) for i in range(300)]
     layers[170] = layer("bad", 1.2, 170)
