@@ -64,3 +64,15 @@ def test_rounding_and_metrics_of_one_model_only_are_no_change():
 def test_columns_that_are_missing_have_no_number():
     assert all(metric.of({}) is None for metric in METRICS)
     assert BY_NAME["abs_ERG_gap"].of({"ERG_gap": -3}) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (10.5512, 10.5537, "from 10.551 to 10.554"),
+        (2.0, 3.0, "from 2 to 3"),
+        (1.0, 1.00000012, "from 1 to 1.0000001"),
+    ],
+)
+def test_the_two_numbers_can_be_told_apart(before, after, told):
+    assert told in BY_NAME["stable_rank"].read(before, after).sentence

@@ -76,9 +76,8 @@ class Metric:
             "no claim": "the theory does not call this better or worse",
         }[verdict]
         caution = f" ({self.caution})" if self.caution else ""
-        sentence = (
-            f"{self.name} {moved} from {before:.4g} to {after:.4g}: {meaning}; {judged}{caution}."
-        )
+        first, last = _apart(before, after)
+        sentence = f"{self.name} {moved} from {first} to {last}: {meaning}; {judged}{caution}."
         return Reading(self.name, before, after, verdict, sentence)
 
 
@@ -95,6 +94,12 @@ def read_changes(before: Mapping[str, float], after: Mapping[str, float]) -> tup
         if metric.name in before and metric.name in after
     )
     return tuple(reading for reading in found if reading is not None)
+
+
+def _apart(before: float, after: float) -> tuple[str, str]:
+    """Two numbers with four digits, or as many as it takes to tell them apart."""
+    texts = [(f"{before:.{digits}g}", f"{after:.{digits}g}") for digits in range(4, 18)]
+    return next((pair for pair in texts if pair[0] != pair[1]), texts[-1])
 
 
 def _column(name: str, *, absolute: bool = False) -> Callable[[Row], float | None]:
