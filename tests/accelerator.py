@@ -23,6 +23,7 @@ from ww_train.costs import Costs, Curve
 from ww_train.weights import slicing
 
 GPU = torch.device("cuda", 0)
+MEMORY = 1 << 50
 
 FACTORIES = [
     "arange",
@@ -71,6 +72,10 @@ class SimulatedDevice:
         self.lost = False
         self.memory, self.peak = self.used + free, self.used
         self.waits.clear()
+
+    @property
+    def free(self):
+        return int(min(self.memory, MEMORY)) - self.used
 
     def allocate(self, storage):
         with self._lock:
@@ -299,6 +304,9 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *a, **k: GPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "simulated")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (DEVICE.free, MEMORY))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: DEVICE.used)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: DEVICE.peak)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())

@@ -25,15 +25,17 @@ from ww_train import (
     measure,
     project_,
     tracking,
+    traps,
     weight_matrices,
 )
-from ww_train.calibration import calibrate
+from ww_train.calibration import _remembered, cache_file, calibrate, costs_of, machine
 from ww_train.callbacks.monitor import SpectralMonitor
 from ww_train.cli import main
 from ww_train.editing import remove_traps_, svd_smoothing_
 from ww_train.linalg import gram_eigenvalues, svd_eigenvalues
 from ww_train.steering import momentum
 from ww_train.steering.tasks import Failed
+from ww_train.weights.adapters import SUFFIX
 
 from .accelerator import DEVICE, GPU, OnDevice, move, on_device, prefer
 from .oracles import dense, gaussian, heavy
@@ -277,7 +279,7 @@ def test_without_memory_every_arithmetic_goes_on(gpu, free, solver):
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize("free", [0, 20_000, 100_000])
+@pytest.mark.parametrize("free", [0, 20_000, 60_000])
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: type(p).__name__)
 def test_without_memory_projections_are_made_on_the_host(gpu, free, projection):
     model, there = twins()
@@ -309,6 +311,105 @@ def test_what_the_momentum_needs_is_made_on_the_host_too(gpu):
     ]
     for a, b in zip(*buffers, strict=True):
         torch.testing.assert_close(a, b.elem, rtol=1e-5, atol=1e-6)
+
+
+def lora():
+    """A model whose layers carry LoRA updates of rank 12."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=12, target_modules=["0", "3"], init_lora_weights=False)
+    return peft.get_peft_model(network(), config)
+
+
+@pytest.mark.parametrize("free", [0, 20_000, 1 << 40])
+@pytest.mark.parametrize("options", [{}, {"randomize": True, "vectors": True}])
+def test_updates_are_measured_with_little_memory_too(gpu, free, options):
+    expected = measure(lora(), min_evals=8, **options)
+    assert any(layer.name.endswith(SUFFIX) for layer in expected)
+    there = move(lora())
+    gpu.reset(free=free)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = measure(there, min_evals=8, **options)
+    assert_same_numbers(expected, report)
+
+
+@pytest.mark.parametrize("free", [0, 20_000])
+def test_what_has_to_be_loaded_is_loaded_on_the_host_if_need_be(gpu, free, tmp_path):
+    model, there = twins()
+    base = copy.deepcopy(model)
+    for parameter in base.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    onto = move(copy.deepcopy(base))
+    gpu.reset(free=free)
+    with pytest.warns(UserWarning, match="does not suffice"):
+        changes = measure(there, base_model=onto)
+    assert_same_numbers(measure(model, base_model=base), changes)
+    stored = [m.to(GPU) for m in weight_matrices(tmp_path / "model.safetensors")]
+    with pytest.warns(UserWarning, match="does not suffice"):
+        report = measure(stored, randomize=True)
+    assert_same_numbers(measure(model, randomize=True), report)
+
+
+@pytest.mark.parametrize("message", ["CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"])
+def test_a_shortage_of_the_libraries_is_a_shortage(gpu, monkeypatch, message):
+    model, there = twins()
+    product = torch.Tensor.baddbmm_
+
+    def short(result, *factors):
+        if result.is_cuda:
+            raise RuntimeError(f"CUDA error: {message} when calling `cublasCreate(handle)`")
+        return product(result, *factors)
+
+    monkeypatch.setattr(OnDevice, "baddbmm_", short, raising=False)
+    with pytest.warns(UserWarning, match="does not suffice"):
+        assert_same_numbers(measure(model), measure(there))
+
+
+def test_where_the_solver_of_vectors_gives_up_lapack_does_not(gpu, monkeypatch):
+    model, there = twins()
+    solve = torch.linalg.eigh
+
+    def gives_up(matrices):
+        if matrices.is_cuda:
+            raise RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR")
+        return solve(matrices)
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    assert_same_numbers(measure(model, vectors=True), measure(there, vectors=True))
+    project_(model, 0.1)
+    assert not any(isinstance(outcome, Failed) for outcome in project_(there, 0.1))
+    assert_same_weights(model, there)
+
+
+def test_a_failed_projection_holds_no_memory(gpu, monkeypatch):
+    _, there = twins()
+
+    def breaks(self, spectrum, strength):
+        raise RuntimeError("broke off")
+
+    monkeypatch.setattr(ManifoldProjection, "move", breaks)
+    gpu.reset()
+    before = gpu.used
+    with pytest.warns(UserWarning, match="broke off"):
+        outcomes = project_(there, 0.1)
+    assert any(isinstance(outcome, Failed) for outcome in outcomes)
+    assert gpu.used == before
+
+
+def test_a_layer_too_large_for_a_permutation_is_shuffled_on_the_host(gpu, monkeypatch):
+    model, there = twins()
+    expected = measure(model, randomize=True)
+    monkeypatch.setattr(traps, "LARGEST", 1000)
+    permute = torch.randperm
+
+    def of_few(number, *, device, **options):
+        assert number < 1000 or torch.device(device).type == "cpu"
+        return permute(number, device=device, **options)
+
+    monkeypatch.setattr(torch, "randperm", of_few)
+    assert_same_numbers(expected, measure(there, randomize=True))
 
 
 def test_where_the_solver_of_the_device_gives_up_lapack_does_not(gpu, monkeypatch):
@@ -447,3 +548,14 @@ def test_a_calibration_measures_every_way(gpu, monkeypatch):
     assert [len(c.sizes) for c in (costs.looped, costs.batched, costs.host, costs.eigh)] == [2] * 4
     assert costs.copy_rate is not None
     assert DEVICE.waits["copy"] > 0
+
+
+def test_a_calibration_without_room_is_not_kept(gpu, monkeypatch):
+    monkeypatch.setattr("ww_train.calibration.SIZES", (64, 128))
+    path = cache_file(machine(GPU))
+    for free, kept in [(100_000, False), (1 << 40, True)]:
+        path.unlink(missing_ok=True)
+        gpu.reset(free=free)
+        _remembered.cache_clear()
+        costs_of(GPU)
+        assert path.exists() == kept

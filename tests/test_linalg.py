@@ -115,7 +115,7 @@ def test_the_fallback_solves_each_matrix_on_its_own():
     batch = torch.stack([good, poison, good])
     with pytest.raises(torch.linalg.LinAlgError):
         torch.linalg.eigvalsh(batch)
-    evals = linalg._one_by_one(batch)
+    evals = linalg.symmetric_eigenvalues(batch)
     assert not evals[1].isfinite().any()
     assert torch.equal(evals[0], torch.linalg.eigvalsh(good))
     assert torch.equal(evals[2], evals[0])
@@ -155,3 +155,24 @@ def test_one_bad_number_is_enough(dtype, bad):
     if bad is not None:
         values[17, 5] = bad
         assert not all_finite(values)
+
+
+@pytest.mark.parametrize(
+    "solver", [gram_eigenvalues, svd_eigenvalues, float32_eigenvalues], ids=lambda f: f.__name__
+)
+def test_a_slice_that_is_not_finite_spoils_only_itself(solver):
+    stack = stack_of(3, 20, 10)
+    stack[1, 3, 4] = torch.nan
+    evals = solver(stack)
+    assert evals[1].isnan().all()
+    for i in (0, 2):
+        torch.testing.assert_close(evals[i : i + 1], solver(stack[i : i + 1]))
+
+
+def test_one_bad_layer_is_skipped_whatever_the_arithmetic():
+    state = {"a.weight": gaussian(30, 20), "b.weight": gaussian(30, 20)}
+    state["a.weight"][2, 3] = torch.inf
+    for options in ({"eigensolver": svd_eigenvalues}, {"inverse": True}):
+        report = measure(state, **options)
+        assert [layer.name for layer in report] == ["b"]
+        assert [layer.name for layer in report.skipped] == ["a"]

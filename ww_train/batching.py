@@ -64,23 +64,22 @@ class Bucket:
 
         Cost: no synchronisation, unless memory does not suffice.
         """
-        try:
-            grams = [gram(stack) for stack in stacks()]
-        except torch.OutOfMemoryError:
+        grams = self._made(stacks)
+        if grams is None:
             self._short(self._device)
             yield from self.solve()
-            grams = self._made_in_less(stacks, retreat)
+            grams = self._made(stacks)
+        if grams is None:
+            retreat()
+            grams = [gram(stack.cpu()) for stack in stacks()]
         self._waiting.append((owner, grams))
 
-    def _made_in_less(
-        self, stacks: Callable[[], Iterable[Tensor]], retreat: Callable[[], object]
-    ) -> list[Tensor]:
-        """The Gram matrices now that none wait, or on the host."""
+    def _made(self, stacks: Callable[[], Iterable[Tensor]]) -> list[Tensor] | None:
+        """The Gram matrices; None without the memory, of which nothing is held then."""
         try:
             return [gram(stack) for stack in stacks()]
         except torch.OutOfMemoryError:
-            retreat()
-            return [gram(stack.cpu()) for stack in stacks()]
+            return None
 
     def solve(self) -> Iterator[Solved]:
         """The eigenvalues of all that wait, in host memory.
@@ -99,10 +98,14 @@ class Bucket:
             yield owner, list(islice(parts, number))
 
     def _solved(self, grams: list[Tensor]) -> list[Tensor]:
-        """Eigenvalues of each stack of Gram matrices, those on the device and those on the host."""
+        """Eigenvalues of each stack of Gram matrices, those of one size and place together.
+
+        Stacks of one layer differ in size where its own spectrum comes from factors.
+        """
         evals: dict[int, Tensor] = {}
-        for device in dict.fromkeys(g.device for g in grams):
-            chosen = [i for i, g in enumerate(grams) if g.device == device]
+        kinds = [(g.device, g.shape[-1]) for g in grams]
+        for kind in dict.fromkeys(kinds):
+            chosen = [i for i, own in enumerate(kinds) if own == kind]
             sizes = [len(grams[i]) for i in chosen]
             parts = torch.split(self._batch([grams[i] for i in chosen]), sizes)
             evals |= dict(zip(chosen, parts, strict=True))
@@ -116,7 +119,8 @@ class Bucket:
             grams = [g.cpu() for g in grams]
         try:
             if route == "batched":
-                return symmetric_eigenvalues(torch.cat(grams)).cpu()
+                together = torch.cat(grams) if len(grams) > 1 else grams[0]
+                return symmetric_eigenvalues(together).cpu()
             return torch.cat([symmetric_eigenvalues(m[None]) for g in grams for m in g]).cpu()
         except torch.OutOfMemoryError:
             self._short(self._device)

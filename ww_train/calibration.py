@@ -120,7 +120,7 @@ def costs_of(
     """The costs of a device, from the file of an earlier calibration or by a new one.
 
     A process looks once. A file that is missing, damaged or of another machine is written anew; where
-    that is not possible the costs are measured again by the next process.
+    that is not possible, or the device's memory is nearly used up, the next process measures again.
 
     Args:
         device: Any that computes.
@@ -171,12 +171,22 @@ def _remembered(
             found = Costs.from_json(path.read_bytes())
             if found.machine == here:
                 return found
+    room = _has_room(device)
     costs = measure(device)
-    if path is not None:
+    if path is not None and room:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(costs.to_json().encode(), path)
     return costs
+
+
+def _has_room(device: torch.device) -> bool:
+    """Whether what a calibration needs is free; else it says nothing of another time."""
+    try:
+        torch.empty(4 * BATCH_BYTES, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def _synchronize(device: torch.device) -> None:

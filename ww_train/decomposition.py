@@ -41,7 +41,7 @@ class Job:
         device: Where the stacks are.
         load: Brings what `stacks` needs into memory; called before it, perhaps in another thread.
         release: Lets go of what `load` brought.
-        retreat: Has `stacks` make the following ones on the host.
+        retreat: Has `load` and `stacks` go on in host memory.
         nbytes: Memory that `load` takes, in bytes; 0 if everything is in memory already.
         collective: Whether `load` talks to other processes: it is then called in the caller's thread
             and in the order of the jobs.
@@ -174,15 +174,24 @@ def _in_turn(
     jobs: Sequence[Job], chosen: list[int], solve: Callable[[int], list[Tensor]], short: Shortage
 ) -> Iterator[Solved]:
     """Solve one after another on their accelerator, or on the host if there is no memory."""
-    for i in chosen:
-        jobs[i].load()
+
+    def attempt(i: int) -> list[Tensor] | None:
         try:
-            evals = solve(i)
+            jobs[i].load()
+            return [part.cpu() for part in solve(i)]
         except torch.OutOfMemoryError:
+            if jobs[i].collective:  # the others do not load it again
+                raise
+            return None
+
+    for i in chosen:
+        evals = attempt(i)
+        if evals is None:
             short(jobs[i].device)
             jobs[i].retreat()
+            jobs[i].load()
             evals = solve(i)
-        yield i, [part.cpu() for part in evals]
+        yield i, evals
 
 
 def _batched(
@@ -195,10 +204,25 @@ def _batched(
     for indices in by_size.values():
         bucket, held = Bucket(device, choose, short), 0
         for i in indices:
-            jobs[i].load()
+            if not _loaded(jobs[i]):
+                short(device)
+                yield from bucket.solve()
+                jobs[i].retreat()
+                jobs[i].load()
             held += jobs[i].nbytes
             yield from bucket.add(i, jobs[i].stacks, jobs[i].retreat)
             if bucket.nbytes + held >= BATCH_BYTES:
                 yield from bucket.solve()
                 held = 0
         yield from bucket.solve()
+
+
+def _loaded(job: Job) -> bool:
+    """Load it; False if its device has no memory for it."""
+    try:
+        job.load()
+    except torch.OutOfMemoryError:
+        if job.collective:  # the others do not load it again
+            raise
+        return False
+    return True

@@ -7,7 +7,8 @@ leaves alpha unchanged to 5e-13 at half the cost, and it is the default. TF32 ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -56,12 +57,27 @@ def gram(stack: Tensor, scale: float = 1.0) -> Tensor:
     tall = stack if rows >= cols else stack.mT
     M = tall.shape[-1]
     step = max(1, CHUNK_BYTES // (8 * rf * M))
-    result = stack.new_zeros(rf, M, M, dtype=torch.float64)
-    for start in range(0, tall.shape[1], step):
-        part = tall[:, start : start + step].to(torch.float64)
-        result.baddbmm_(part.mT, part)
-    result *= scale * scale
+    with _shortages():
+        result = stack.new_zeros(rf, M, M, dtype=torch.float64)
+        for start in range(0, tall.shape[1], step):
+            part = tall[:, start : start + step].to(torch.float64)
+            result.baddbmm_(part.mT, part)
+        result *= scale * scale
     return result
+
+
+@contextmanager
+def _shortages() -> Iterator[None]:
+    """Too little memory for CUDA's libraries, as any other shortage."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(word in str(error) for word in _SHORT):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
+_SHORT = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "STATUS_NOT_INITIALIZED")
 
 
 def gram_eigenvalues(stack: Tensor) -> Tensor:
@@ -70,8 +86,11 @@ def gram_eigenvalues(stack: Tensor) -> Tensor:
 
 
 def svd_eigenvalues(stack: Tensor) -> Tensor:
-    """Eigenvalues from a float64 SVD: twice the cost, exact below `M * eps64 * lambda_max` too."""
-    svals: Tensor = torch.linalg.svdvals(stack.to(torch.float64))
+    """Eigenvalues from a float64 SVD: twice the cost, exact below `M * eps64 * lambda_max` too.
+
+    What is not finite or fails, see `symmetric_eigenvalues`.
+    """
+    svals = _of_finite(stack.to(torch.float64), torch.linalg.svdvals)
     return svals.square().flip(-1)
 
 
@@ -79,12 +98,15 @@ def float32_eigenvalues(stack: Tensor) -> Tensor:
     """Eigenvalues from a float32 Gram matrix: half the cost, for alpha and norms only.
 
     Eigenvalues below about `M * eps32 * lambda_max` are noise and enter ERG tail, ranks and entropy;
-    `benchmarks/accuracy.py` prints how much.
+    `benchmarks/accuracy.py` prints how much. On an accelerator, whose float32 products may be TF32,
+    only the decomposition is in float32.
     """
+    if stack.device.type != "cpu":
+        return symmetric_eigenvalues(gram(stack).to(torch.float32)).to(torch.float64)
     tall = stack.to(torch.float32)
     tall = tall if tall.shape[-2] >= tall.shape[-1] else tall.mT
-    evals: Tensor = torch.linalg.eigvalsh(tall.mT @ tall)
-    return evals.clamp_min_(0.0).to(torch.float64)
+    with torch.autocast("cpu", enabled=False):
+        return symmetric_eigenvalues(tall.mT @ tall).to(torch.float64)
 
 
 def symmetric_eigenvalues(grams: Tensor) -> Tensor:
@@ -95,30 +117,55 @@ def symmetric_eigenvalues(grams: Tensor) -> Tensor:
 
     Cost: about `(4/3) M³` operations a matrix; LAPACK's error code is one synchronisation a batch.
     """
-    finite = grams.isfinite().all(dim=-1).all(dim=-1)
-    grams = torch.where(finite[:, None, None], grams, 0.0)
+    return _of_finite(grams, torch.linalg.eigvalsh).clamp_min_(0.0)
+
+
+def symmetric_eigenvectors(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `(b, M)`, ascending, and eigenvectors `(b, M, M)`, as columns.
+
+    Where the solver of an accelerator gives up, LAPACK is asked.
+
+    Raises:
+        torch.linalg.LinAlgError: If a matrix is not finite, or there is no convergence.
+
+    Cost: about `9 M³` operations a matrix; one synchronisation a batch.
+    """
     try:
-        evals: Tensor = torch.linalg.eigvalsh(grams)
+        evals, vectors = torch.linalg.eigh(grams)
+        return evals, vectors
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # no convergence
-        evals = _one_by_one(grams)
-    return evals.clamp_min_(0.0).masked_fill_(~finite[:, None], torch.nan)
+    except RuntimeError:
+        if grams.device.type == "cpu":
+            raise
+    evals, vectors = torch.linalg.eigh(grams.cpu())
+    return evals.to(grams.device), vectors.to(grams.device)
 
 
-def _one_by_one(grams: Tensor) -> Tensor:
-    """Eigenvalues where the batch as a whole failed: one bad matrix must spoil only itself."""
-    return torch.stack([_alone(matrix) for matrix in grams])
+Solve: TypeAlias = Callable[[Tensor], Tensor]
+"""From matrices, many or one, to the eigenvalues or singular values of each."""
 
 
-def _alone(matrix: Tensor) -> Tensor:
-    """Eigenvalues of one matrix; where the solver of an accelerator gives up, by LAPACK."""
+def _of_finite(matrices: Tensor, solve: Solve) -> Tensor:
+    """What `solve` gives; NaN where a matrix is not finite, infinity where it fails."""
+    finite = matrices.isfinite().all(dim=-1).all(dim=-1)
+    matrices = torch.where(finite[:, None, None], matrices, 0.0)
     try:
-        evals: Tensor = torch.linalg.eigvalsh(matrix)
+        values = solve(matrices)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # one bad matrix must spoil only itself
+        values = torch.stack([_alone(matrix, solve) for matrix in matrices])
+    return values.masked_fill_(~finite[:, None], torch.nan)
+
+
+def _alone(matrix: Tensor, solve: Solve) -> Tensor:
+    """Of one matrix; where the solver of an accelerator gives up, by LAPACK."""
+    try:
+        return solve(matrix)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         if matrix.device.type == "cpu":
-            return matrix.new_full(matrix.shape[:1], torch.inf)
-        return _alone(matrix.cpu()).to(matrix.device)
-    return evals
+            return matrix.new_full((min(matrix.shape),), torch.inf)
+    return _alone(matrix.cpu(), solve).to(matrix.device)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ww_train.linalg import all_finite, gram
+from ww_train.linalg import all_finite, gram, symmetric_eigenvectors
 from ww_train.spectrum import EPS64, Array
 from ww_train.weights.matrices import WeightMatrix
 
@@ -84,7 +84,7 @@ def vector_metrics(matrix: WeightMatrix, xmin: float) -> Localization:
         raise ValueError(
             f"expected finite weights, got NaN, infinite or overflowing in {matrix.name}"
         )
-    evals, vectors = torch.linalg.eigh(grams)
+    evals, vectors = symmetric_eigenvectors(grams)
     evals, order = evals.flatten().clamp(min=0.0).sort()
     columns = vectors.transpose(0, 1).flatten(1)[:, order]
     metrics = (vector_entropy, localization_ratio, participation_ratio, information_entropy)

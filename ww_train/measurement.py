@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ww_train.batching import warn_once
+from ww_train.batching import Shortage, warn_once
 from ww_train.confidence import confidence
 from ww_train.decomposition import decompose, work
 from ww_train.divergence import jensen_shannon_distance
@@ -69,13 +69,19 @@ class Measurement:
                 plan = plans[position]
                 bar.set_postfix_str(plan.matrix.name, refresh=False)
                 bar.update()
-                try:
-                    outcomes[position] = self._report(plan, evals)
-                except torch.OutOfMemoryError:
-                    short(plan.matrix.device)
-                    plan.retreat()
-                    outcomes[position] = self._report(plan, evals)
+                outcomes[position] = self._finished(plan, evals, short)
         return [outcomes[position] for position in range(len(plans))]
+
+    def _finished(
+        self, plan: Plan, evals: Sequence[Tensor], short: Shortage
+    ) -> LayerReport | Skipped:
+        """The report; where the device's memory does not suffice, what it takes is on the host."""
+        try:
+            return self._report(plan, evals)
+        except torch.OutOfMemoryError:
+            short(plan.matrix.device)
+        plan.retreat()
+        return self._report(plan, evals)
 
     def _report(self, plan: Plan, evals: Sequence[Tensor]) -> LayerReport | Skipped:
         """The report from the layer's eigenvalues, unless they are known, and of its shuffles."""

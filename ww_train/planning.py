@@ -93,13 +93,17 @@ class Plan:
         size = float(difference.stack.norm())
         if size > 0.0:
             # the difference carries the rounding of the weights, which are larger
-            self.eps *= float(matrix.stack.to(torch.float64).norm()) / size
+            self.eps *= float(torch.linalg.vector_norm(matrix.stack, dtype=torch.float64)) / size
         return difference
 
     def retreat(self) -> None:
-        """Go on with a copy in host memory, until it is released."""
+        """Go on in host memory, with what is loaded or will be."""
         with torch.no_grad():
-            self._loaded = self.weights().to(CPU)
+            if self._loaded is not None or not (self.matrix.deferred or self.base):
+                self._loaded = self.weights().to(CPU)
+                return
+        self.matrix = self.matrix.to(CPU)
+        self.base = None if self.base is None else self.base.to(CPU)
 
     def release(self) -> None:
         """Let go of the weights."""
@@ -112,13 +116,13 @@ class Plan:
             if self.failure is not None:
                 return
             if own:
+                core = self._core()
                 yield self.weights().stack if core is None else core()
             for seed in seeds:
                 yield shuffle(self.weights().stack, seed, self.matrix.name)
 
-        core = self._core()
         m, base = self.matrix, self.base
-        if base is None and (not m.deferred or (core is not None and not seeds)):
+        if base is None and (not m.deferred or (self._core() is not None and not seeds)):
             return Job(stacks, m.M, m.device, bool, self.release, self.retreat)
         size = math.prod(m.shape) * (m.dtype.itemsize if base is None else 8)
         return Job(
@@ -186,7 +190,7 @@ def plan_layer(
     if max_N is not None and max_N < matrix.N:
         return Skipped(name, f"N = {matrix.N}, more than max_N={max_N}")
     if not has_float64(matrix.device):
-        matrix = matrix.to(CPU)
+        matrix = matrix.later(CPU)
     if base is None:
         return Plan(layer_id, matrix, None)
     partner = base.get(name)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ww_train.linalg import gram
+from ww_train.linalg import gram, symmetric_eigenvectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ def eigenbasis(stack: Tensor) -> Basis | None:
     if not 0.0 < mean < math.inf:
         return None
     try:
-        vectors = torch.linalg.eigh((grams / mean).to(torch.float32)).eigenvectors
+        vectors = symmetric_eigenvectors((grams / mean).to(torch.float32))[1]
     except RuntimeError:  # no convergence, or no memory
         return None
     scale = 1.0 / math.sqrt(mean)

@@ -22,6 +22,9 @@ from ww_train.marchenko_pastur import (
 )
 from ww_train.spectrum import Spectrum
 
+LARGEST = 2**31
+"""Entries from which CUDA has no permutation."""
+
 
 @dataclass(frozen=True)
 class Traps:
@@ -68,13 +71,16 @@ def shuffle(stack: Tensor, seed: int, name: str = "") -> Tensor:
 
     Returns:
         A shuffled copy, without gradient. The same seed gives the same copy on the same type of
-        device.
+        device; one too large for a permutation there is shuffled on the CPU.
     """
     generator = torch.Generator(stack.device).manual_seed(seed + zlib.crc32(name.encode()))
     shuffled = torch.empty_like(stack, memory_format=torch.contiguous_format, requires_grad=False)
     for source, target in zip(stack.detach(), shuffled, strict=True):
+        if source.numel() >= LARGEST and source.device.type != "cpu":
+            target.copy_(shuffle(source[None].cpu(), seed, name)[0])
+            continue
         # half the memory traffic, and on the CPU the same permutation as with int64
-        index = torch.int32 if source.numel() < 2**31 else torch.int64
+        index = torch.int32 if source.numel() < LARGEST else torch.int64
         order = torch.randperm(
             source.numel(), generator=generator, device=source.device, dtype=index
         )

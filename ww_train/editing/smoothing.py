@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ww_train.editing.edits import Editable, Edits, edit_, write_
 from ww_train.editing.rewriting import rewrite_checkpoint
 from ww_train.editing.rules import DETX_TAIL, Rule, kept_by
-from ww_train.linalg import all_finite, gram
+from ww_train.linalg import all_finite, gram, symmetric_eigenvectors
 from ww_train.selection import Layers
 from ww_train.weights.matrices import NOT_FINITE, Skipped, WeightMatrix
 
@@ -136,7 +136,7 @@ class _Truncation:
         if not all_finite(grams):
             return Skipped(matrix.name, NOT_FINITE)
         try:
-            evals, vectors = torch.linalg.eigh(grams)
+            evals, vectors = symmetric_eigenvectors(grams)
         except RuntimeError as error:  # no convergence, or no memory
             return Skipped(matrix.name, f"the eigenvalue solver failed: {error}")
         flat = evals.clamp_min(0.0).flatten().cpu().numpy()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ww_train.erg import erg_tail
-from ww_train.linalg import all_finite, gram
+from ww_train.linalg import all_finite, gram, symmetric_eigenvectors
 from ww_train.power_law import SMALL_N, PowerLawFit, fit_power_law
 from ww_train.spectrum import EPS64, Array, Spectrum
 from ww_train.steering.rounding import round_to
@@ -142,7 +142,7 @@ class SpectralProjection(ABC):
         grams = gram(found.stack, found.scale)
         if not all_finite(grams):
             return Skipped(found.name, NOT_FINITE)
-        return self.apply_(found, strength, *torch.linalg.eigh(grams), then=then)
+        return self.apply_(found, strength, *symmetric_eigenvectors(grams), then=then)
 
     def refusal(self, matrix: WeightMatrix) -> str | None:
         """Why a layer is left alone, as far as that can be known without decomposing it."""

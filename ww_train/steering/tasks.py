@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ww_train.batching import BATCH_BYTES, Shortage, warn_once
 from ww_train.cores import one_core_each
 from ww_train.decomposition import LARGE
-from ww_train.linalg import all_finite, gram, has_float64
+from ww_train.linalg import all_finite, gram, has_float64, symmetric_eigenvectors
 from ww_train.selection import Pattern, select
 from ww_train.steering.manifold_projection import ManifoldProjection
 from ww_train.steering.projection import (
@@ -61,6 +62,8 @@ class Task:
 
 
 Outcome: TypeAlias = "Projected | Skipped"
+
+_Decomposed: TypeAlias = "tuple[dict[int, Outcome], dict[int, tuple[Tensor, Tensor]]]"
 
 
 def assign(
@@ -134,9 +137,9 @@ def _project_there(task: Task, strength: float, then: Then | None) -> Outcome:
     """Project where the weights are."""
     matrix, projection = task.matrix, task.projection
     if then is None or not isinstance(projection, SpectralProjection):
-        return _guarded(matrix, lambda: projection.project_(matrix, strength))
+        return _guarded(matrix, partial(projection.project_, matrix, strength))
     after = partial(then, matrix)
-    return _guarded(matrix, lambda: projection.project_(matrix, strength, then=after))
+    return _guarded(matrix, partial(projection.project_, matrix, strength, then=after))
 
 
 def _project_on_host(task: Task, strength: float, then: Then | None) -> Outcome:
@@ -167,6 +170,11 @@ def _guarded(matrix: WeightMatrix, step: Callable[[], Outcome]) -> Outcome:
 
 
 def _failed(matrix: WeightMatrix, error: Exception) -> Failed:
+    # not the traceback: its frames would keep weights and eigenvectors
+    where = "".join(traceback.format_tb(error.__traceback__))
+    error = error.with_traceback(None)
+    if hasattr(error, "add_note"):  # from Python 3.11 on
+        error.add_note(f"while projecting {matrix.name}:\n{where}")
     reason = f"the projection failed: {type(error).__name__}: {error}"
     return Failed(matrix.name, reason, error)
 
@@ -193,10 +201,10 @@ def _project_batch(
     tasks: Sequence[Task], strength: float, then: Then | None, short: Shortage
 ) -> list[Outcome]:
     """Decompose together; if that fails, one by one, so that one bad layer spoils only itself."""
-    try:
-        results, ready = _decomposed(tasks)
-    except Exception:  # no convergence, no memory, or a projection of one's own
+    decomposed = _attempt(tasks)
+    if decomposed is None:
         return [_project(task, strength, then, short) for task in tasks]
+    results, ready = decomposed
     for i, (evals, vectors) in ready.items():
         results[i] = _apply(tasks[i], strength, evals, vectors, then)
         if _starved(results[i], tasks[i], short):
@@ -204,9 +212,15 @@ def _project_batch(
     return [results[i] for i in range(len(tasks))]
 
 
-def _decomposed(
-    tasks: Sequence[Task],
-) -> tuple[dict[int, Outcome], dict[int, tuple[Tensor, Tensor]]]:
+def _attempt(tasks: Sequence[Task]) -> _Decomposed | None:
+    """As `_decomposed`; None, with nothing of it held, if it fails."""
+    try:
+        return _decomposed(tasks)
+    except Exception:  # no convergence, no memory, or a projection of one's own
+        return None
+
+
+def _decomposed(tasks: Sequence[Task]) -> _Decomposed:
     """Which are skipped, and eigenvalues, on the host, and vectors of the others."""
     skipped: dict[int, Outcome] = {}
     grams: dict[int, Tensor] = {}
@@ -223,9 +237,9 @@ def _decomposed(
             skipped[i] = Skipped(tasks[i].matrix.name, NOT_FINITE)
     if not grams:
         return skipped, {}
-    evals, vectors = torch.linalg.eigh(torch.cat(list(grams.values())))
+    evals, vectors = symmetric_eigenvectors(torch.cat(list(grams.values())))
     sizes = [len(g) for g in grams.values()]
-    pairs = zip(evals.cpu().split(sizes), vectors.split(sizes), strict=True)
+    pairs = zip(torch.split(evals.cpu(), sizes), torch.split(vectors, sizes), strict=True)
     return skipped, dict(zip(grams, pairs, strict=True))
 
 
@@ -235,7 +249,7 @@ def _apply(
     matrix, projection = task.matrix, task.projection
     assert isinstance(projection, SpectralProjection)
     apply_, after = projection.apply_, None if then is None else partial(then, matrix)
-    return _guarded(matrix, lambda: apply_(matrix, strength, evals, vectors, then=after))
+    return _guarded(matrix, partial(apply_, matrix, strength, evals, vectors, then=after))
 
 
 def project_(

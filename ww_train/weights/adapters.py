@@ -123,8 +123,8 @@ def _stored_factors(A: StoredTensor, B: StoredTensor, embedding: bool) -> Factor
     rank, inner, *kernel = A.shape
     out = B.shape[0]
     return Factors(
-        lambda: positions(A.read(0, rank)),
-        lambda: B.read(0, out).flatten(1),
+        lambda device: positions(A.read(0, rank)).to(device),
+        lambda device: B.read(0, out).flatten(1).to(device),
         (math.prod(kernel), out, inner),
         rank,
         kind_of(A.ndim, embedding),
@@ -162,9 +162,13 @@ def module_update(module: nn.Module, layer: str) -> WeightMatrix | Skipped | Non
     ]
     A, B = pairs[0]
     factors = Factors(
-        lambda: torch.cat([positions(_whole(A)) for A, _ in pairs], 1),
-        lambda: torch.cat(
-            [_whole(B).flatten(1).double() * s for (_, B), s in zip(pairs, scales, strict=True)], 1
+        lambda device: torch.cat([positions(_whole(A).to(device)) for A, _ in pairs], 1),
+        lambda device: torch.cat(
+            [
+                _whole(B).to(device).flatten(1).double() * s
+                for (_, B), s in zip(pairs, scales, strict=True)
+            ],
+            1,
         ),
         (math.prod(A.shape[2:]), B.shape[0], A.shape[1]),
         sum(A.shape[0] for A, _ in pairs),
@@ -220,6 +224,24 @@ def merged(
         yield Skipped(name, "the base model has no layer of this name")
 
 
+def _deferred_sum(
+    layer: WeightMatrix, update: WeightMatrix, finish: Callable[[Tensor], Tensor]
+) -> Deferred:
+    """The sum in float64, made where the layer is."""
+
+    def load() -> Tensor:
+        return finish(layer.stack.to(torch.float64, copy=True).add_(update.stack.to(layer.device)))
+
+    return Deferred(
+        layer.shape,
+        layer.dtype,
+        load,
+        layer.device,
+        layer.collective,
+        relocate=lambda device: _deferred_sum(layer.to(device), update.to(device), finish),
+    )
+
+
 def _sum(
     layer: WeightMatrix,
     update: WeightMatrix,
@@ -228,8 +250,5 @@ def _sum(
     if layer.shape != update.shape:
         return Skipped(layer.name, f"shape {layer.shape}, that of the update is {update.shape}")
 
-    def load() -> Tensor:
-        return finish(layer.stack.to(torch.float64, copy=True).add_(update.stack.to(layer.device)))
-
-    weights = Deferred(layer.shape, layer.dtype, load, layer.device, layer.collective)
+    weights = _deferred_sum(layer, update, finish)
     return replace(layer, weights=weights, read_only="a sum of weights and update", parameter=None)

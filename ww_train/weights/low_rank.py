@@ -7,7 +7,7 @@ layer's size is decomposed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Factors:
     """The two factors of one update and how they are applied.
 
     Attributes:
-        A: Makes the `(rf, r, in)` factor.
+        A: Makes the `(rf, r, in)` factor on a device.
         B: Makes the `(out, r)` factor.
         shape: `(rf, out, in)` of the product.
         rank: r.
@@ -41,12 +41,12 @@ class Factors:
         dtype: In which the factors are stored.
         scaling: Factor on the product.
         transposed: Whether the layer's weight is `(in, out)`.
-        device: Where the factors are.
+        device: Where they are to be multiplied.
         collective: Whether they are sharded over processes.
     """
 
-    A: Callable[[], Tensor]
-    B: Callable[[], Tensor]
+    A: Callable[[torch.device], Tensor]
+    B: Callable[[torch.device], Tensor]
     shape: tuple[int, int, int]
     rank: int
     kind: str
@@ -58,7 +58,7 @@ class Factors:
 
     def product(self) -> Tensor:
         """`scaling * B A` in float64, `(rf, out, in)`, or `(rf, in, out)` if transposed."""
-        update = self.B().to(torch.float64) @ self.A().to(torch.float64)
+        update = self.B(self.device).to(torch.float64) @ self.A(self.device).to(torch.float64)
         update *= self.scaling
         return update.mT if self.transposed else update
 
@@ -67,15 +67,15 @@ class Factors:
 
         From the QR decompositions `B = Q_B R_B` and `Aᵀ = Q_A R_A`.
         """
-        B = torch.linalg.qr(self.B().to(torch.float64), mode="r").R
-        A = torch.linalg.qr(self.A().to(torch.float64).mT, mode="r").R
+        B = torch.linalg.qr(self.B(self.device).to(torch.float64), mode="r").R
+        A = torch.linalg.qr(self.A(self.device).to(torch.float64).mT, mode="r").R
         core: Tensor = self.scaling * (B @ A.mT)
         return core
 
-    def matrix(self, layer: str) -> WeightMatrix:
-        """The update of a layer."""
+    def deferred(self) -> Deferred:
+        """The product, multiplied out when it is asked for, where the factors are."""
         rf, out, inner = self.shape
-        weights = Deferred(
+        return Deferred(
             (rf, inner, out) if self.transposed else self.shape,
             self.dtype,
             self.product,
@@ -83,9 +83,13 @@ class Factors:
             self.collective,
             rank=min(self.rank, out, inner),
             core=self.core,
+            relocate=lambda device: replace(self, device=device).deferred(),
         )
+
+    def matrix(self, layer: str) -> WeightMatrix:
+        """The update of a layer."""
         scale = CONV_SCALE if self.kind.startswith("conv") else 1.0
-        return WeightMatrix(f"{layer}{SUFFIX}", self.kind, weights, scale, READ_ONLY)
+        return WeightMatrix(f"{layer}{SUFFIX}", self.kind, self.deferred(), scale, READ_ONLY)
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,6 +83,7 @@ class Deferred:
         core: Makes a smaller stack `(rf, rank, rank)` of the same positive singular values.
         view: On the meta device, the view of the whole parameter that the stack will be; None if it
             will be a copy.
+        relocate: Gives the same on another device; None to move the stack that was made.
     """
 
     shape: tuple[int, int, int]
@@ -93,9 +94,14 @@ class Deferred:
     rank: int | None = None
     core: Callable[[], Tensor] | None = None
     view: Tensor | None = None
+    relocate: Callable[[torch.device], Deferred] | None = None
 
     def to(self, device: torch.device) -> Deferred:
-        """The same, moved to a device when it is in memory."""
+        """The same on another device: made there if it can be, else moved when it is in memory."""
+        if device == self.device:
+            return self
+        if self.relocate is not None:
+            return self.relocate(device)
         load, core = self.load, self.core
         return replace(
             self,
@@ -103,6 +109,7 @@ class Deferred:
             load=lambda: load().to(device),
             core=None if core is None else lambda: core().to(device),
             view=None,
+            relocate=self.to,  # from there it goes on without a detour
         )
 
 

@@ -71,6 +71,13 @@ class WeightMatrix:
             return self
         return replace(self, weights=self.weights.to(device), parameter=None)
 
+    def later(self, device: torch.device) -> WeightMatrix:
+        """The same on another device, to which it is copied when it is asked for."""
+        if self.deferred:
+            return self.to(device)
+        weights = Deferred(self.shape, self.dtype, lambda: self.stack.to(device), device)
+        return replace(self, weights=weights, parameter=None)
+
     @property
     def deferred(self) -> bool:
         """Whether the weights are not in memory."""
