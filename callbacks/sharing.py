@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ww_train.ranks import gather
+from ww_train.ranks import gather, on_device
 
 T = TypeVar("T")
 
@@ -23,11 +24,13 @@ class Ranks:
         group: Their process group; None for a single process.
         replicated: Whether each of them holds the whole model; otherwise the weights are sharded.
         main: Without a group, whether this process writes.
+        device: The model's CUDA device, through which NCCL sends objects; by default the current one.
     """
 
     group: dist.ProcessGroup | None = None
     replicated: bool = False
     main: bool = True
+    device: torch.device | None = None
 
     @property
     def first(self) -> bool:
@@ -46,7 +49,10 @@ class Ranks:
 
     def collect(self, own: T) -> list[T]:
         """What every process has, in their order; a collective."""
-        return [own] if self.group is None else gather(own, self.group)
+        if self.group is None:
+            return [own]
+        with on_device([self.device]):
+            return gather(own, self.group)
 
     def agree(self, value: T) -> T:
         """The first process's value, on all; a collective."""
@@ -54,7 +60,8 @@ class Ranks:
             return value
         box = [value]
         source = dist.get_global_rank(self.group, 0)
-        dist.broadcast_object_list(box, source, group=self.group)
+        with on_device([self.device]):
+            dist.broadcast_object_list(box, source, group=self.group)
         return box[0]
 
     def decide(self, make: Callable[[], T]) -> T:
@@ -84,11 +91,12 @@ def ranks_of(model: nn.Module) -> Ranks:
     """
     if not dist.is_available() or not dist.is_initialized():
         return Ranks()
+    device = next((p.device for p in model.parameters() if p.is_cuda), None)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            return Ranks(module.process_group, replicated=True)
+            return Ranks(module.process_group, replicated=True, device=device)
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        return Ranks(dist.group.WORLD)
+        return Ranks(dist.group.WORLD, device=device)
     return Ranks()
 
 

@@ -10,8 +10,13 @@ from typing import TextIO
 from ww_train import LayerReport, Report
 from ww_train.verdicts import WORST_FIRST
 
+from .budget import GRANT
+
 ROWS = 20
 """Layers that are shown; of more, the worst."""
+
+SMALL = 0.01
+"""Share of the training time, that of the default budget, up to which none is explained."""
 
 HEADER = ("layer", "alpha at start", "at end", "ERG gap", "traps", "verdict")
 
@@ -49,6 +54,8 @@ class Summary:
         if any(self.measured.get(layer.name, self.step) != self.step for layer in self.report):
             lines.append(f"* measured before the last step, {self.step}, to stay within the budget")
         share = "" if self.overhead is None else f", {100 * self.overhead:.1f} % of training time"
+        if self.overhead is not None and self.overhead > SMALL and self.seconds <= GRANT:
+            share += f" ({GRANT:g} s is granted to short runs)"
         beside = f"; {self.beside:.1f} s in the background" if self.beside else ""
         return [
             *lines,

@@ -1,6 +1,7 @@
 """Two processes joined by gloo that run functions of the tests; started once for a test file."""
 
 import contextlib
+import itertools
 import multiprocessing
 import pathlib
 import sys
@@ -9,6 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from ww_train import ranks
 
 ROOT = str(pathlib.Path(__file__).parents[1])
 START, ANSWER, COLLECTIVE = 150, 100, 45  # seconds; a busy machine is not a hang
@@ -74,3 +77,42 @@ def serve(rank, store, end):
             except Exception as error:
                 answer = False, f"rank {rank}: {type(error).__name__}: {error}"
             end.send(answer)
+
+
+@contextlib.contextmanager
+def no_room(rank, number):
+    """One rank has no memory when it asks for the number-th time to hold a sharded tensor whole."""
+    given, asked = ranks.room, itertools.count(1)
+
+    def room(sharded):
+        if next(asked) == number and dist.get_rank() == rank:
+            raise torch.OutOfMemoryError("no more memory")
+        return given(sharded)
+
+    ranks.room = room
+    try:
+        yield
+    finally:
+        ranks.room = given
+
+
+@contextlib.contextmanager
+def devices_at_gather(module):
+    """Which devices a module hands to `on_device` around each `gather`."""
+    inside, seen, given = [None], [], (module.on_device, module.gather)
+
+    @contextlib.contextmanager
+    def on_device(devices):
+        inside.append({str(device) for device in devices})
+        yield
+        inside.pop()
+
+    def gather(own, group):
+        seen.append(inside[-1])
+        return given[1](own, group)
+
+    module.on_device, module.gather = on_device, gather
+    try:
+        yield seen
+    finally:
+        module.on_device, module.gather = given

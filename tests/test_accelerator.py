@@ -28,6 +28,7 @@ from ww_train import (
     traps,
     weight_matrices,
 )
+from ww_train.analysis import _planned
 from ww_train.calibration import _remembered, cache_file, calibrate, costs_of, machine
 from ww_train.callbacks.monitor import SpectralMonitor
 from ww_train.cli import main
@@ -135,6 +136,7 @@ def test_memory_is_counted_and_ends(gpu):
 
 OPTIONS = {
     "default": {},
+    "slices": {"pool": False},
     "traps": {"randomize": True},
     "shuffles": {"randomize": 3, "pool": False},
     "bulk": {"mp_fit": True},
@@ -559,3 +561,64 @@ def test_a_calibration_without_room_is_not_kept(gpu, monkeypatch):
         _remembered.cache_clear()
         costs_of(GPU)
         assert path.exists() == kept
+
+
+# A device without float64, such as Apple's
+
+
+@pytest.fixture
+def single(gpu, monkeypatch):
+    """The simulated device, which knows no float64."""
+    make = OnDevice.__init__
+
+    def of_single(self, elem, requires_grad=False):
+        if elem.dtype is torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        make(self, elem, requires_grad)
+
+    monkeypatch.setattr(OnDevice, "__init__", of_single)
+    return gpu
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_without_float64_every_number_is_that_of_the_cpu(single, options):
+    model, there = twins()
+    assert_same_numbers(measure(model, **options), measure(there, **options))
+
+
+def test_without_float64_updates_are_measured(single):
+    assert_same_numbers(measure(lora(), randomize=True), measure(move(lora()), randomize=True))
+
+
+def test_without_float64_layers_are_copied_one_by_one(single, monkeypatch):
+    _, there = twins()
+    plans, _ = _planned(there, None, (), None, True, (8, None, None))
+    assert all(plan.matrix.deferred for plan in plans)
+    assert all(plan.matrix.device.type == "cpu" for plan in plans)
+
+
+def test_without_float64_models_are_changed_and_compared(single):
+    model, there = twins()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for change_ in (project_, remove_traps_, svd_smoothing_):
+            before = network()
+            change_(model)
+            change_(there)
+            assert_same_weights(model, there)
+            assert any(
+                not torch.equal(a, b)
+                for a, b in zip(model.parameters(), before.parameters(), strict=True)
+            )
+    here, other = distances(network(), model), distances(move(network()), there)
+    for a, b in zip(here.layers, other.layers, strict=True):
+        assert a.frobenius == pytest.approx(b.frobenius, rel=1e-6)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_without_float64_the_monitor_works(single, background):
+    model, there = twins()
+    here, other = (records(m, background=background) for m in (model, there))
+    assert here.keys() == other.keys()
+    for step in here:
+        assert here[step] == pytest.approx(other[step], rel=1e-9)

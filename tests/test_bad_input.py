@@ -10,7 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from ww_train.analysis import measure
+from ww_train.analysis import analyze, measure
+from ww_train.kernel_mp import KernelMP
+from ww_train.marchenko_pastur import EnergyMP
+from ww_train.truncated import TruncatedPowerLaw
 from ww_train.weights.matrices import weight_matrices
 
 from .oracles import dense, evals_by_svd, gaussian, quick, thorough
@@ -399,3 +402,27 @@ def test_a_checkpoint_is_read_under_its_usual_keys(wrapper):
 def test_what_a_weight_is_computed_from_is_no_layer(key):
     (skipped,) = measure({key: G}).skipped
     assert "computed" in skipped.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"fit": "TPL"}, r"fit= is a function .* such as fit_power_law, .*got 'TPL'"),
+        ({"fit": None}, r"fit= is a function .* got None"),
+        ({"fit": TruncatedPowerLaw}, r"TruncatedPowerLaw\(\) of ww_train, got <class"),
+        ({"mp_fit": "yes"}, r"mp_fit= is True or False, .* EnergyMP\(\) .* got 'yes'"),
+        ({"mp_fit": 2}, "mp_fit= is True or False, .* got 2"),
+        ({"mp_fit": KernelMP}, r"KernelMP\(\) of ww_train, got <class"),
+    ],
+)
+def test_a_fit_that_is_no_function_is_refused(options, says):
+    with pytest.raises(TypeError, match=says):
+        measure(G, **options)
+    with pytest.raises(TypeError, match=says):
+        analyze(G, **options)
+
+
+@pytest.mark.parametrize("mp_fit", [True, False, None, EnergyMP()])
+def test_the_bulk_is_fitted_if_asked_for(mp_fit):
+    (layer,) = measure(G, mp_fit=mp_fit)
+    assert (layer.mp is not None) == bool(mp_fit)

@@ -160,7 +160,9 @@ def test_base_measures_the_difference(model, tmp_path, capsys):
     assert document["layers"][0]["alpha"] == expected
 
 
-def test_an_adapter_is_merged(model, tmp_path, capsys):
+@pytest.fixture
+def lora(tmp_path):
+    """The folder of an adapter of one layer, and the state of the model with it."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     a, b = gaussian(8, 40, seed=5).float(), gaussian(60, 8, seed=6).float()
@@ -169,10 +171,15 @@ def test_an_adapter_is_merged(model, tmp_path, capsys):
     save_file(factors, adapter / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
     (adapter / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    code, out, err = run(capsys, "analyze", model, "--adapter", str(adapter), "--json", "-")
-    assert code == 0, err
     merged = state()
     merged[f"{NOISE}.weight"] = merged[f"{NOISE}.weight"] + 2.0 * b @ a
+    return adapter, merged
+
+
+def test_an_adapter_is_merged(model, lora, capsys):
+    adapter, merged = lora
+    code, out, err = run(capsys, "analyze", model, "--adapter", str(adapter), "--json", "-")
+    assert code == 0, err
     rows = {row["longname"]: row["alpha"] for row in strict(out)["layers"]}
     assert rows[NOISE] == pytest.approx(measure(merged)[NOISE].alpha, rel=1e-5)
     assert rows[HEAVY] == measure(state())[HEAVY].alpha
@@ -271,7 +278,41 @@ def test_a_condition_on_no_column_is_an_error(model, capsys, text, says):
     assert says in one_line(err)
 
 
+def test_what_was_skipped_can_fail(model, tmp_path, capsys):
+    broken = state()
+    broken[f"{NOISE}.weight"][0, 0] = torch.nan
+    after = str(tmp_path / "after.safetensors")
+    save_file(broken, after)
+    assert run(capsys, "analyze", after, "--fail-if", "alpha<0")[0] == 0
+    code, _, err = run(capsys, "analyze", after, "--fail-if", "num_skipped>1")
+    assert code == 1
+    assert one_line(err).startswith("ww-train: num_skipped>1: ")
+    assert f"{NOISE} (" in err
+    assert "head.small (4 eigenvalues" in err
+    assert run(capsys, "analyze", after, "--fail-if", "num_skipped>2")[0] == 0
+    argv = ("analyze", model, "--layers", "encoder.*", "--fail-if")
+    code, _, err = run(capsys, *argv, "num_skipped==0")
+    assert (code, err) == (1, "ww-train: num_skipped==0: 0\n")
+    assert run(capsys, *argv, "num_skipped>0")[0] == 0
+    page = str(tmp_path / "page.html")
+    assert run(capsys, "report", after, "-o", page, "--fail-if", "num_skipped>1")[0] == 1
+    assert run(capsys, "compare", model, model, "--fail-if", "num_skipped>1")[0] == 0
+    code, _, err = run(capsys, "compare", model, after, "--fail-if", "num_skipped==2")
+    assert code == 1  # each layer counts once, whether one model or both lack its numbers
+    assert NOISE in one_line(err)
+    code, _, err = run(capsys, "analyze", after, "--fail-if", "mean(num_skipped)>0")
+    assert code == 2
+    assert "there is no column 'num_skipped'" in one_line(err)
+
+
 # what is printed
+
+
+def test_the_examples_measure_a_difference_of_whole_models(capsys):
+    for command in ("analyze", "report"):
+        _, out, _ = run(capsys, command, "--help")
+        assert f"ww-train {command} finetuned/ --base base/" in out
+        assert "lora/ --base" not in out
 
 
 def test_help_explains_itself(capsys):
@@ -418,9 +459,18 @@ def test_json_has_no_infinity():
     ("argv", "says"),
     [
         ((), "arguments are required: COMMAND"),
-        (("frobnicate",), "frobnicate"),
+        (("frobnicate",), "there is no command 'frobnicate'; there are analyze, describe"),
+        (("analyse", "MODEL"), "did you mean analyze? (see ww-train --help)"),
+        (("--frobnicate", "analyze", "MODEL"), "--frobnicate (see ww-train --help)"),
+        (("analyze", ""), "the path is empty"),
+        (("analyze", "MODEL", "--base", ""), "the path is empty"),
+        (("smooth", "", "-o", "OUT"), "the path is empty"),
+        (("compare", "MODEL", ""), "the path is empty"),
+        (("analyze", "FOLDER/config.json"), "name the folder, or use ww-train plan"),
+        (("compare", "MODEL", "FOLDER/config.json"), "is a configuration"),
+        (("analyze", "MODEL", "--types", "skipped"), "'skipped' is no type of layers"),
         (("analyze",), "PATH"),
-        (("analyze", "MODEL", "--frobnicate"), "--frobnicate"),
+        (("analyze", "MODEL", "--frobnicate"), "--frobnicate (see ww-train analyze --help)"),
         (("analyze", "MISSING"), "no file or folder"),
         (("analyze", "TEXT"), "no format that is known"),
         (("analyze", "CORRUPT"), "CORRUPT"),
@@ -454,6 +504,7 @@ def test_json_has_no_infinity():
 )
 def test_bad_input_is_one_line_and_code_2(model, tmp_path, capsys, argv, says):
     (tmp_path / "text").write_text("not a model", encoding="utf-8")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "corrupt.safetensors").write_bytes(b"\xff" * 64)
     save_file({"other.weight": gaussian(30, 30, seed=1).float()}, tmp_path / "other.safetensors")
     stand_for = {
@@ -630,6 +681,29 @@ def test_compare(model, tmp_path, capsys):
     assert document["extra"] == ["new"]
     assert run(capsys, "compare", model, after, "--fail-if", "relative_delta>0.4")[0] == 1
     assert run(capsys, "compare", model, after, "--fail-if", "relative_delta>0.6")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["", "adapter_model.safetensors"])
+def test_compare_merges_an_adapter_into_its_base(model, lora, tmp_path, capsys, name):
+    adapter, merged = lora
+    whole = str(tmp_path / "whole.safetensors")
+    save_file(merged, whole)
+    path = str(adapter / name) if name else str(adapter)
+    code, out, err = run(capsys, "compare", model, path, "--distances")
+    assert (code, err) == (0, "")
+    assert f"{path} is a LoRA adapter: it was merged into the base" in out
+    rows, expected = (
+        strict(run(capsys, "compare", model, after, "--json", "-")[1])["layers"]
+        for after in (path, whole)
+    )
+    for row, other in zip(rows, expected, strict=True):
+        assert row["longname"] == other["longname"]
+        assert row["relative_delta"] == pytest.approx(other["relative_delta"], rel=1e-5)
+        assert row["alpha_finetuned"] == pytest.approx(other["alpha_finetuned"], rel=1e-4)
+    code, out, err = run(capsys, "compare", path, model)
+    assert (code, out) == (2, "")
+    assert "the base is a LoRA adapter" in one_line(err)
+    assert "adapter" not in run(capsys, "compare", model, whole)[1]
 
 
 def test_compare_with_distances(model, tmp_path, capsys):

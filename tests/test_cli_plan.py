@@ -11,7 +11,7 @@ from torch import nn
 
 from ww_train import calibration, describe
 from ww_train.calibration import cache_file, machine
-from ww_train.cli.plan import advice, size
+from ww_train.cli.plan import advice, duration, size
 from ww_train.cli.shapes import hollow, shapes
 from ww_train.costs import Costs, Curve, Machine
 from ww_train.scale import scale, step_seconds
@@ -97,7 +97,10 @@ def test_the_plan_says_how_often(model, saved, capsys):
         assert int(cells[1]) == load.layers
         assert float(cells[2]) == pytest.approx(load.seconds, rel=1e-3)
     assert lines[-1] == advice(found, 0.1, 0.02)
-    assert f"for 2 %: measure spectra every {found.spectra.every(0.1, 0.02)} steps" in out
+    every = found.spectra.every(0.1, 0.02)
+    assert f"to stay within 2 % of the training time, measure spectra at most every {every}" in out
+    assert out.splitlines()[3].split()[:6] == ["round", "layers", "seconds", "on", "one", "rank"]
+    assert "with" not in out.splitlines()[3]
     assert "Paper 1 (cuda), torch 2.99, CUDA 13.0, 4 threads" in out
     assert "skipped 1: small: 4 eigenvalues" in out
     assert "sharded" not in out
@@ -124,7 +127,50 @@ def test_traffic_is_added_where_its_rate_is_known(model, saved, capsys):
 
 def test_without_the_time_of_a_step_the_advice_is_in_seconds(model, saved, capsys):
     _, out, _ = run(capsys, "plan", model, "--costs", saved)
-    assert f"spectra every {scale(model, paper()).spectra.longest / 0.01:.4g} s" in out
+    every = duration(scale(model, paper()).spectra.longest / 0.01)
+    assert f"spectra at most every {every} (traps: " in out
+    assert out.endswith("if only one of them is done; --step-seconds gives steps\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.00234, "0.0023 s"),
+        (0.97, "0.97 s"),
+        (9.97, "10 s"),
+        (119.0, "119 s"),
+        (120.0, "2 min"),
+        (5000.0, "83 min"),
+        (1.193e5, "33 h"),
+        (373e3, "104 h"),
+        (5 * 86400.0, "5 days"),
+        (1e8, "1,157 days"),
+    ],
+)
+def test_durations_are_what_people_say(seconds, shown):
+    assert duration(seconds) == shown
+
+
+def test_costs_of_this_cpu_are_not_taken_for_those_of_gpus(model, saved, capsys, monkeypatch):
+    monkeypatch.setattr(calibration, "SIZES", (64, 128))
+    _, out, _ = run(capsys, "plan", model, "--gpus", "8")
+    assert "for GPUs run `ww-train calibrate --device cuda -o costs.json`" in out
+    assert "with 8 ranks" in out.splitlines()[4]
+    path = cache_file(machine(torch.device("cpu")))
+    assert f"measured now, saved in {path}" in out
+    again = run(capsys, "plan", model)[1]
+    assert f", saved in {path}" in again
+    assert "measured now" not in again
+    assert "for GPUs" not in again
+    elsewhere = run(capsys, "plan", model, "--gpus", "8", "--costs", saved)[1]
+    assert "for GPUs" not in elsewhere
+    assert f"4 threads, {saved}" in elsewhere
+
+
+def test_costs_that_cannot_be_saved_are_used(model, capsys, monkeypatch):
+    monkeypatch.setattr(calibration, "SIZES", (64, 128))
+    monkeypatch.setattr("ww_train.cli.plan.cache_file", lambda here: None)
+    assert "measured now, not saved" in run(capsys, "plan", model)[1]
 
 
 def test_a_plan_is_written_beside_the_table(model, saved, tmp_path, capsys):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ww_train.analysis import measure
 from ww_train.comparing.comparison import compare
-from ww_train.comparing.readings import METRICS
+from ww_train.comparing.readings import METRICS, OF_ALPHA
 
 from .oracles import gaussian, zoo
 from .peer import contained, import_peer
@@ -149,6 +149,34 @@ def test_reading_and_repr_say_what_changed(models):
     lines = repr(found).splitlines()
     assert lines[0] == "Comparison of 3 layers (0 missing, 0 extra, 0 reshaped)"
     assert [line.split()[0] for line in lines[1:]] == metrics
+
+
+def test_alpha_of_noise_is_no_claim():
+    generator = np.random.default_rng(3)
+    noise = {f"{i}.weight": gaussian(60, 40, seed=i) for i in range(3)}
+    trained = {name: w + 3 * gaussian(60, 5) @ gaussian(5, 40) for name, w in noise.items()}
+    learned = {name: torch.from_numpy(generator.standard_t(2.0, (60, 40))) for name in noise}
+    said = {
+        whose: [r for r in compare(*pair).reading() if r.metric in OF_ALPHA]
+        for whose, pair in {
+            "base": (noise, learned),
+            "fine-tuned model": (learned, noise),
+            "base and of the fine-tuned model": (
+                noise,
+                {k: 2.0 * w + gaussian(60, 40, seed=9) for k, w in noise.items()},
+            ),
+        }.items()
+    }
+    for whose, readings in said.items():
+        assert [reading.metric for reading in readings] == list(OF_ALPHA)
+        for reading in readings:
+            assert reading.verdict == "no claim"
+            assert f"(most layers of the {whose} are random-like: alpha says" in str(reading)
+    (alpha,) = (r for r in compare(learned, trained).reading() if r.metric == "alpha")
+    assert alpha.verdict != "no claim"
+    one = {**learned, "0.weight": noise["0.weight"]}
+    (alpha,) = (r for r in compare(one, learned).reading() if r.metric == "alpha")
+    assert alpha.verdict != "no claim"
 
 
 def test_the_file_is_the_summary_and_is_replaced_whole(models, tmp_path):

@@ -5,10 +5,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ww_train import decomposition, measure, measurement
+from ww_train import dealing, decomposition, measure, measurement
 from ww_train.planning import Plan
+from ww_train.ranks import NO_ROOM
 
-from .pair import Pair
+from .pair import Pair, devices_at_gather, no_room
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"
@@ -175,3 +176,37 @@ def load_fails():
 
 def test_a_process_that_cannot_keep_what_it_gathered_leaves_none_waiting(pair):
     assert pair(load_fails) == ["MemoryError: no room"] * 2
+
+
+def starved(rank, number, against_base):
+    model = network(len(SIZES) + 1)
+    base = network(len(SIZES) + 1) if against_base else None
+    if base is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.ones_like(parameter))
+    with no_room(rank, number):
+        shared = numbers(measure(model, base_model=base, group=dist.group.WORLD))
+    return shared, numbers(measure(model, base_model=base))
+
+
+@pytest.mark.parametrize("against_base", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_layer_that_one_process_cannot_gather_is_skipped_by_all(pair, rank, number, against_base):
+    (zero, alone), (one, _) = pair(starved, rank, number, against_base)
+    assert zero == one
+    ((name, reason),) = zero[1]
+    assert reason == NO_ROOM
+    assert zero[0] == [layer for layer in alone[0] if layer[0] != name]
+    assert len(zero[0]) == len(SIZES)
+
+
+def devices():
+    with devices_at_gather(dealing) as seen:
+        measure(network(2), group=dist.group.WORLD)
+    return seen
+
+
+def test_what_is_sent_goes_through_the_device_of_the_layers(pair):
+    assert pair(devices) == [[{"cpu"}] * 2] * 2

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from ww_train import WWPGD, ManifoldProjection, Projected, Ramp, Skipped
+from ww_train.steering.optim import LONG_EPOCH
 
 from .training import SIZE, adamw, assert_projected, clock, loss_of, net, same, train, weights, wrap
 
@@ -432,3 +433,42 @@ def test_a_refusal_does_not_use_the_boundary_up():
     assert clock(opt) == {"steps": 1, "epochs": 0, "boundary": -1}
     del opt.param_groups[0]["params"][0].ds_id
     assert len(opt.end_epoch()) == 2
+
+
+# A loop that ends no epoch
+
+
+def almost(model, **settings):
+    """A wrapper that has one step to go until it says that no epoch was ended."""
+    opt = wrap(model, **settings)
+    train(model, opt, 1)
+    state = opt.state_dict()
+    opt.load_state_dict({**state, "ww_pgd": clock(opt) | {"steps": LONG_EPOCH - 1}})
+    return opt
+
+
+def test_a_loop_that_ends_no_epoch_is_told_once():
+    model = net()
+    opt = almost(model)
+    with pytest.warns(
+        UserWarning, match=r"10,000 steps and projected nothing.*end_epoch\(\)"
+    ) as told:
+        train(model, opt, 1)
+    assert len(told) == 1
+    assert told[0].filename.endswith("training.py")
+    train(model, opt, 3)
+    assert len(opt.end_epoch()) == 2
+
+
+@pytest.mark.parametrize("settings", [{"every_n_steps": 10**5}, {"steps_per_epoch": 10**5}])
+def test_long_epochs_that_were_asked_for_are_no_mistake(settings):
+    model = net()
+    train(model, almost(model, **settings), 3)  # warnings are errors
+
+
+def test_a_loop_that_has_ended_an_epoch_knows_how():
+    model = net()
+    opt = almost(model, every_n_epochs=2)
+    assert opt.end_epoch() == ()
+    train(model, opt, 3)
+    assert clock(opt)["steps"] == LONG_EPOCH + 2

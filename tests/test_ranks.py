@@ -1,12 +1,14 @@
+import contextlib
 import itertools
 from collections import Counter
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ww_train.ranks import deal, gather
+from ww_train.ranks import deal, gather, on_device
 
 from .oracles import quick
 
@@ -71,3 +73,37 @@ def test_gather_in_a_group_of_one(tmp_path):
         assert gather({"a": (1, None)}, dist.group.WORLD) == [{"a": (1, None)}]
     finally:
         dist.destroy_process_group()
+
+
+CPU, THIRD, FOURTH = torch.device("cpu"), torch.device("cuda", 2), torch.device("cuda", 3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "entered"),
+    [
+        ([], []),
+        ([None], []),
+        ([CPU, torch.device("meta")], []),
+        ([None, CPU, THIRD, FOURTH], [THIRD]),
+    ],
+    ids=["none", "unknown", "cpu", "cuda"],
+)
+def test_the_first_cuda_device_is_the_current_one(monkeypatch, devices, entered):
+    seen = current(monkeypatch)
+    with on_device(devices):
+        assert seen == entered
+    assert seen == [*entered, *["left" for _ in entered]]
+
+
+def current(monkeypatch):
+    """Notes which CUDA device is made the current one, where there may be none."""
+    seen = []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        seen.append(chosen)
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return seen

@@ -48,6 +48,14 @@ def test_the_direction_of_every_metric(metric, when_it_falls):
     assert str(fell).endswith(".")
 
 
+def test_a_claim_in_doubt_is_not_made():
+    (plain,) = read_changes({"alpha": 5.0}, {"alpha": 3.0})
+    (doubted,) = read_changes({"alpha": 5.0}, {"alpha": 3.0}, {"alpha": "it is noise", "D": "no"})
+    assert (plain.verdict, doubted.verdict) == ("better", "no claim")
+    assert doubted.sentence.endswith("does not call this better or worse (it is noise).")
+    assert "noise" not in plain.sentence
+
+
 def test_every_metric_is_read_and_in_order():
     before = {metric.name: 3.0 for metric in METRICS}
     readings = read_changes(before, dict.fromkeys(before, 4.0))

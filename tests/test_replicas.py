@@ -11,12 +11,13 @@ from torch import nn
 
 from ww_train import WWPGD, ManifoldProjection, Projected
 from ww_train.ranks import deal, gather
+from ww_train.steering import replicas
 from ww_train.steering.momentum import project, reset
 from ww_train.steering.replicas import project_replicas_
 from ww_train.steering.tasks import Failed
 
 from .oracles import gaussian
-from .pair import Pair
+from .pair import Pair, devices_at_gather
 from .test_steering import Halfway, tasks_of
 from .training import SIZE, collect, net, sgd, weights
 
@@ -259,6 +260,16 @@ def test_gather_keeps_the_order_of_the_ranks(pair):
     first, second = pair(gathered)
     assert first == second
     assert first[0] == [{"rank": 0}, {"rank": 1}]
+
+
+def devices():
+    with devices_at_gather(replicas) as seen:
+        project_replicas_(tasks_of(net()), 1.0, dist.group.WORLD)
+    return seen
+
+
+def test_what_is_sent_goes_through_the_device_of_the_layers(pair):
+    assert pair(devices) == [[{"cpu"}] * 2] * 2
 
 
 def copied():

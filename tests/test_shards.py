@@ -8,11 +8,13 @@ import torch.distributed as dist
 from torch import nn
 
 from ww_train import WWPGD, ManifoldProjection, Projected, Skipped, measure
+from ww_train.ranks import NO_ROOM, gathered, shared_room
+from ww_train.steering import shards
 
 from .oracles import gaussian
-from .pair import Pair
+from .pair import Pair, devices_at_gather, no_room
 from .test_replicas import Counting, assert_equal, deep, digest, numbers
-from .training import SIZE, net
+from .training import SIZE, collect, net
 
 tensor = pytest.importorskip("torch.distributed.tensor")
 
@@ -174,3 +176,78 @@ def test_a_sharded_matrix_without_a_view_is_skipped(mesh):
     conv.weight = nn.Parameter(tensor.distribute_tensor(weight, mesh, [tensor.Shard(0)]))
     opt = WWPGD(torch.optim.SGD(conv.parameters(), lr=0.1), model=conv, exclude=lambda m: True)
     assert opt.targets() == [Skipped("weight", "sharded over processes")]
+
+
+# Memory
+
+
+def starved(rank, number):
+    from torch.distributed.fsdp import fully_shard
+
+    model = net().double()
+    fully_shard(model)
+    opt = WWPGD(torch.optim.SGD(model.parameters(), lr=0.1), model=model, strength=1.0)
+    with no_room(rank, number):
+        messages, done = collect(opt.end_epoch)
+    return digest(done), messages, numbers(whole(model))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])  # two to gather, two to receive
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_layer_that_one_rank_has_no_memory_for_is_left_alone_on_all(pair, rank, number):
+    first, second = pair(starved, rank, number)
+    assert first[:2] == second[:2]
+    assert_equal(first[2], second[2])
+    left, moved = ("0", "2") if number % 2 else ("2", "0")
+    assert dict(map(reversed, first[0])) == {left: "Failed", moved: "Projected"}
+    assert first[1] == [f"layer {left} is left as it is, {NO_ROOM}"]
+    model = net().double()
+    opt = WWPGD(torch.optim.SGD(model.parameters(), lr=0.1), model=model, include=moved)
+    opt.strength = 1.0
+    opt.end_epoch()
+    for p, values in zip(model.parameters(), first[2], strict=True):
+        found = torch.from_numpy(values).view(torch.float64)
+        torch.testing.assert_close(found, p.detach().view(-1), rtol=0, atol=1e-9)
+
+
+def pieces(placements):
+    """A tensor whose shards are of unequal size, gathered, and what there was room for."""
+    mesh = dist.init_device_mesh("cpu", (2, 1) if len(placements) == 2 else (2,))
+    values = gaussian(7, 5, 3)
+    sharded = tensor.distribute_tensor(values, mesh, placements)
+    room = shared_room(sharded)
+    with no_room(0, 1):
+        neither = shared_room(sharded), gathered(sharded)  # the second has room again
+    return torch.equal(gathered(sharded), values), tuple(room.shape), room.is_contiguous(), neither
+
+
+@pytest.mark.parametrize(
+    "placements",
+    [
+        [tensor.Shard(0)],
+        [tensor.Shard(1)],
+        [tensor.Replicate()],
+        [tensor.Shard(1), tensor.Shard(0)],
+        [tensor.Replicate(), tensor.Shard(0)],
+    ],
+    ids=str,
+)
+def test_room_for_a_tensor_of_any_sharding(pair, placements):
+    for same, shape, contiguous, (none, again) in pair(pieces, placements):
+        assert same
+        assert shape == (7, 5)
+        assert contiguous
+        assert none is None
+        assert torch.equal(again, gaussian(7, 5, 3))
+
+
+def devices():
+    with devices_at_gather(shards) as seen:
+        layers_of_all_kinds()
+    return seen
+
+
+def test_what_is_sent_goes_through_the_device_of_the_layers(pair):
+    first, second = pair(devices)
+    assert first == second == [{"cpu"}] * len(first)
+    assert len(first) > 1

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ from ww_train.callbacks.sharing import Ranks, ranks_of, unwrapped
 
 from .oracles import gaussian
 from .processes import run_ranks
+from .test_ranks import FOURTH, THIRD, current
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -30,6 +33,41 @@ def test_the_model_inside_its_wrappers():
     assert unwrapped(net) is net
     assert unwrapped(torch.compile(net, backend="eager")) is net
     assert unwrapped(None) is None
+
+
+@pytest.fixture
+def alone(tmp_path):
+    if dist.is_initialized():
+        pytest.skip("needs that nobody else has made a process group")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "device", [None, torch.device("cpu"), THIRD], ids=["unknown", "cpu", "cuda"]
+)
+def test_objects_are_sent_through_the_device_of_the_model(monkeypatch, alone, device):
+    seen = current(monkeypatch)
+    ranks = Ranks(alone, device=device)
+    assert ranks.collect("own") == ["own"]
+    assert ranks.agree("plan") == "plan"
+    assert ranks.decide(lambda: list(seen)) == seen[:4]
+    assert seen == [THIRD, "left"] * (3 if device == THIRD else 0)
+
+
+class Elsewhere(nn.Module):
+    """Stands for a sharded model on devices that this machine may not have."""
+
+    def parameters(self, recurse=True):
+        for device in (torch.device("cpu"), THIRD, FOURTH):
+            yield SimpleNamespace(device=device, is_cuda=device.type == "cuda", full_tensor=None)
+
+
+def test_the_device_is_that_of_the_model(alone):
+    assert ranks_of(Elsewhere()) == Ranks(alone, device=THIRD)
+    assert ranks_of(nn.parallel.DistributedDataParallel(model())).device is None
 
 
 DDP = """

@@ -509,7 +509,7 @@ def test_a_strength_is_between_zero_and_one(strength):
 
 
 def test_a_pattern_must_match_a_layer():
-    with pytest.raises(ValueError, match="no layer matches '9'; did you mean"):
+    with pytest.raises(ValueError, match="no layer matches '9'; the first of"):
         project_(net(), include="9")
 
 

@@ -37,6 +37,15 @@ def test_a_table_of_what_a_person_wants_to_know():
     ]
 
 
+def test_a_short_run_may_spend_what_it_has_not_earned():
+    brief = replace(summary(layer("fc1", 3.25)), seconds=0.4, overhead=1.912)
+    told = "watching took 0.4 s, 191.2 % of training time (1 s is granted to short runs)"
+    assert brief.footer()[-1] == told
+    for other in (replace(brief, seconds=4.0), replace(brief, overhead=0.009)):
+        assert "granted" not in other.footer()[-1]
+    assert "granted" not in replace(brief, overhead=None).footer()[-1]
+
+
 def test_the_background_is_told_apart():
     told = replace(summary(layer("fc1", 3.25)), beside=12.34).footer()
     assert told[-1] == "watching took 1.2 s, 1.2 % of training time; 12.3 s in the background"

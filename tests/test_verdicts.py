@@ -115,8 +115,12 @@ def test_advice_names_the_layer_and_what_to_do(arguments, parts):
 @pytest.mark.parametrize(
     ("tail", "traps", "parts"),
     [
-        (fit(4.0), None, ["random matrix", "nothing has been learned", "alpha 4.00 says nothing"]),
-        (None, 0, ["random matrix", "train it"]),
+        (
+            fit(4.0),
+            None,
+            ["cannot be told from a random", "untrained, or", "alpha 4.00 says nothing"],
+        ),
+        (None, 0, ["random matrix", "if it was trained, see whether gradients"]),
         (fit(1.5), 1, ["1 correlation trap", "random-like"]),
     ],
 )

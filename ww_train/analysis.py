@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import nn
 
 from ww_train.dealing import read_dealt
 from ww_train.linalg import Eigensolver, gram_eigenvalues, svd_eigenvalues
@@ -14,7 +15,7 @@ from ww_train.marchenko_pastur import BulkFit, fit_mp
 from ww_train.measurement import Measurement
 from ww_train.planning import MAX_EVALS, MIN_EVALS, Plan, by_name, plan_layer, selected
 from ww_train.power_law import TailFit, fit_power_law
-from ww_train.ranks import together
+from ww_train.ranks import on_device, together
 from ww_train.report import LayerReport, Report
 from ww_train.selection import Layers
 from ww_train.spectrum import Array, Spectrum
@@ -81,7 +82,7 @@ def measure(
         The report; layers that cannot be analysed are in `skipped` with the reason.
 
     Raises:
-        TypeError: If `model` is none of the accepted kinds.
+        TypeError: If `model` is none of the accepted kinds, or `fit` or `mp_fit` no function.
         CheckpointError: If a file or folder cannot be read; a ValueError.
         ValueError: If a layer or type that was asked for does not exist, or options contradict.
         RuntimeError: On every process of the group, if one of them failed.
@@ -96,12 +97,16 @@ def measure(
             "inverse=True has no random bulk, traps or vectors; measure them without it"
         )
     bounds = (min_evals, max_evals, max_N)
-    plans, skipped = together(
-        lambda: _planned(model, layers, types, base_model, pool, bounds), group
-    )
+    _check_tail_fit(fit)
+    bulk_fit = _bulk_fit(mp_fit)
+    tensors = model.parameters() if isinstance(model, nn.Module) else ()
+    with on_device(tensor.device for tensor in tensors):
+        plans, skipped = together(
+            lambda: _planned(model, layers, types, base_model, pool, bounds), group
+        )
     measurement = Measurement(
         fit=fit,
-        mp_fit=fit_mp if mp_fit is True else (mp_fit or None),
+        mp_fit=bulk_fit,
         randomize=int(randomize),
         vectors=vectors,
         replicates=replicates,
@@ -119,6 +124,26 @@ def measure(
         tuple(outcome for outcome in outcomes if isinstance(outcome, LayerReport)),
         tuple(layer for _, layer in sorted(skipped, key=lambda pair: pair[0])),
     )
+
+
+def _check_tail_fit(fit: object) -> None:
+    # a class can be called with a spectrum too, and would take it for an option
+    if not callable(fit) or isinstance(fit, type):
+        raise TypeError(
+            "fit= is a function of the eigenvalues, such as fit_power_law, PowerLaw() or "
+            f"TruncatedPowerLaw() of ww_train, got {fit!r}"
+        )
+
+
+def _bulk_fit(mp_fit: bool | BulkFit | None) -> BulkFit | None:
+    if mp_fit in (True, False, None):
+        return fit_mp if mp_fit else None
+    if not callable(mp_fit) or isinstance(mp_fit, type):
+        raise TypeError(
+            "mp_fit= is True or False, or a function of the spectrum, such as EnergyMP() or "
+            f"KernelMP() of ww_train, got {mp_fit!r}"
+        )
+    return mp_fit
 
 
 def _planned(

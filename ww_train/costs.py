@@ -75,7 +75,8 @@ class Machine:
 
     def __str__(self) -> str:
         cuda = f", CUDA {self.cuda}" if self.cuda else ""
-        threads = f", {self.threads} threads" if self.threads else ""
+        plural = "" if self.threads == 1 else "s"
+        threads = f", {self.threads} thread{plural}" if self.threads else ""
         return f"{self.device} ({self.kind}), torch {self.torch}{cuda}{threads}"
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from ww_train.planning import Plan
-from ww_train.ranks import deal, gather
+from ww_train.ranks import deal, gather, on_device
 
 T = TypeVar("T")
 
@@ -23,7 +23,9 @@ def read_dealt(
     """What `read` gives for each layer, in their order; a collective, with the same result on all.
 
     Layers that every process has are dealt by cost. Sharded ones are read in turns of one for each
-    process: all gather the layers of a turn, one after another, and each keeps its own.
+    process: all gather the layers of a turn, one after another, and each keeps its own. One that has
+    no memory for a layer goes on with it on the CPU, and the others wait: a time limit of the group,
+    ten minutes with NCCL by default, must allow for that.
 
     Args:
         plans: The same layers on every process.
@@ -36,17 +38,28 @@ def read_dealt(
     """
     if group is None:
         return read(plans)
-    layers = [(plan.matrix.name, plan.matrix.shape, plan.collective) for plan in plans]
-    if any(theirs != layers for theirs in gather(layers, group)):
-        raise RuntimeError("the processes that are to share the layers hold different ones")
-    mine = _mine(plans, costs, dist.get_rank(group), dist.get_world_size(group))
-    own = _attempt(read, [plans[i] for i in mine])
-    parts = gather(own if isinstance(own, str) else dict(zip(mine, own, strict=True)), group)
+    with on_device(plan.matrix.device for plan in plans):
+        parts = _parts(plans, costs, read, group)
     failed = [part for part in parts if isinstance(part, str)]
     if failed:
         raise RuntimeError("; ".join(dict.fromkeys(failed)))
     whole = {i: result for part in parts if isinstance(part, dict) for i, result in part.items()}
     return [whole[i] for i in range(len(plans))]
+
+
+def _parts(
+    plans: Sequence[Plan],
+    costs: Sequence[float],
+    read: Callable[[Sequence[Plan]], list[T]],
+    group: dist.ProcessGroup,
+) -> list[dict[int, T] | str]:
+    """What each process read, by position, or what went wrong there."""
+    layers = [(plan.matrix.name, plan.matrix.shape, plan.collective) for plan in plans]
+    if any(theirs != layers for theirs in gather(layers, group)):
+        raise RuntimeError("the processes that are to share the layers hold different ones")
+    mine = _mine(plans, costs, dist.get_rank(group), dist.get_world_size(group))
+    own = _attempt(read, [plans[i] for i in mine])
+    return gather(own if isinstance(own, str) else dict(zip(mine, own, strict=True)), group)
 
 
 def _mine(plans: Sequence[Plan], costs: Sequence[float], rank: int, size: int) -> list[int]:

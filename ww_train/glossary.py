@@ -33,8 +33,8 @@ VERDICTS = (
     ),
     Term(
         "random-like",
-        "The spectrum is that of a random matrix: nothing has been learned yet, as before training, "
-        "and alpha says nothing.",
+        "The layer cannot be told from a random matrix: untrained, or what it learned does not show "
+        "in its spectrum. alpha says nothing.",
     ),
     Term("under-trained", "alpha above 6: the spectrum is close to that of random weights."),
     Term(
@@ -120,7 +120,7 @@ DETAILS = (
     Term("sigma_mp", "Standard deviation of the random bulk: 1 for pure noise."),
     Term(
         "mp_softrank",
-        "Edge of the random bulk over the largest eigenvalue; 1 means that nothing was learned.",
+        "Edge of the random bulk over the largest eigenvalue; 1 means that nothing stands out.",
     ),
     Term("bulk_max", "Upper edge of the random bulk; bulk_min is the lower one."),
     Term("max_rand_eval", "Largest eigenvalue of the shuffled weights."),

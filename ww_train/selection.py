@@ -51,7 +51,7 @@ def select(
     if not positive:
         included = set(range(len(names)))
     wanted = {types} if isinstance(types, str) else set(types)
-    known = {kind for _, kind in catalogue}
+    known = {kind for _, kind in catalogue} - {"skipped"}
     if unknown := wanted - known:
         raise ValueError(
             f"no layer is of type {', '.join(sorted(unknown))}; "
@@ -86,7 +86,10 @@ def _matching(pattern: Pattern, names: list[str]) -> set[int]:
     found = {i for i, name in enumerate(names) if matches(name)}
     if not found:
         text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-        near = difflib.get_close_matches(text, names, n=1, cutoff=0.0)
-        hint = f"; did you mean {near[0]!r}?" if near else ": the model has no layers"
+        near = difflib.get_close_matches(text, names, n=1, cutoff=0.4)
+        hint = (
+            f"; the first of {len(names)} is {names[0]!r}" if names else ": the model has no layers"
+        )
+        hint = f"; did you mean {near[0]!r}?" if near else hint
         raise ValueError(f"no layer matches {text!r}{hint}")
     return found

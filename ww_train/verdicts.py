@@ -152,8 +152,8 @@ def _about_alpha(verdict: Verdict, fit: PowerLawFit | None) -> str:
     if verdict == "random-like":
         meaningless = f", and alpha {fit.alpha:.2f} says nothing" if fit else ""
         return (
-            "random-like: its spectrum is that of a random matrix, nothing has been learned yet"
-            f"{meaningless}: train it, and if it was trained, see whether gradients reach it"
+            "random-like: it cannot be told from a random matrix, untrained, or what it learned does "
+            f"not show in its spectrum{meaningless}: if it was trained, see whether gradients reach it"
         )
     if fit is None:
         return "no power law in its spectrum, so that alpha says nothing"

@@ -71,7 +71,7 @@ def analyze(args: Namespace) -> int:
     if not exported(args, frame, document):
         show_columns(args, frame, COLUMNS, IMPORTANCE)
         print(_summary(report))
-    return failed(args.fail_if, frame)
+    return failed(args.fail_if, frame, report.skipped)
 
 
 def describe(args: Namespace) -> int:
@@ -101,7 +101,7 @@ def report(args: Namespace) -> int:
     write_page(found, args.output, title=title, date=args.date, options=args.invocation)
     if args.output != exports.STDOUT:
         print(f"{found.verdict}\n{printable(args.output)} is the page")
-    return failed(args.fail_if, _table(found))
+    return failed(args.fail_if, _table(found), found.skipped)
 
 
 def smooth(args: Namespace) -> int:

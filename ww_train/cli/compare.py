@@ -9,12 +9,12 @@ import torch
 
 from ww_train import exports
 from ww_train.cli.output import check_outputs, exported, failed, named, show_columns, skipped_rows
-from ww_train.cli.source import first_process, source
+from ww_train.cli.source import first_process, is_adapter, source
 from ww_train.comparing.comparison import Comparison
 from ww_train.comparing.comparison import compare as compare_models
 from ww_train.comparing.distances import distances
 from ww_train.tables import printable
-from ww_train.weights.matrices import Source, reasons
+from ww_train.weights.matrices import Skipped, Source, reasons
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +62,12 @@ def compare(args: Namespace) -> int:
     if args.metrics_summary is not None:
         exports.check(args.metrics_summary)
     _check_conditions(args)
-    base, finetuned = (source(path, args.device) for path in (args.base, args.finetuned))
+    base = source(args.base, args.device)
+    adapted = is_adapter(args.finetuned)
+    if adapted:
+        finetuned = source(args.base, args.device, args.finetuned)
+    else:
+        finetuned = source(args.finetuned, args.device)
     both = compare_models(
         base,
         finetuned,
@@ -83,7 +88,9 @@ def compare(args: Namespace) -> int:
     if not exported(args, frame, _comparison(both, frame)):
         show_columns(args, frame, COMPARED, COMPARED_IMPORTANCE)
         print(_changes(both, frame))
-    return failed(args.fail_if, frame)
+        if adapted:
+            print(printable(f"{args.finetuned} is a LoRA adapter: it was merged into the base"))
+    return failed(args.fail_if, frame, _skipped(both))
 
 
 def _check_conditions(args: Namespace) -> None:
@@ -110,7 +117,6 @@ def _with_distances(frame: pd.DataFrame, base: Source, finetuned: Source) -> pd.
 
 def _comparison(both: Comparison, frame: pd.DataFrame) -> dict[str, object]:
     """The comparison as an object for JSON."""
-    skipped = (*both.matching.unreadable, *both.base.skipped, *both.finetuned.skipped)
     return {
         "layers": exports.rows(frame),
         "summary": both.metrics_summary()["weightwatcher"],
@@ -118,8 +124,13 @@ def _comparison(both: Comparison, frame: pd.DataFrame) -> dict[str, object]:
         "missing": list(both.matching.missing),
         "extra": list(both.matching.extra),
         "reshaped": skipped_rows(both.matching.reshaped),
-        "skipped": skipped_rows(skipped),
+        "skipped": skipped_rows(_skipped(both)),
     }
+
+
+def _skipped(both: Comparison) -> list[Skipped]:
+    """The layers of both models that could not be measured in one of them."""
+    return [*both.matching.unreadable, *both.base.skipped, *both.finetuned.skipped]
 
 
 def _changes(both: Comparison, frame: pd.DataFrame) -> str:

@@ -6,7 +6,7 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,9 @@ _COMPARE: Mapping[str, Callable[[Any, float], Any]] = {
 AGGREGATES = ("mean", "median", "min", "max", "sum")
 """What a condition may take of a column instead of each of its values."""
 
+NUM_SKIPPED = "num_skipped"
+"""What is compared as if it were a column: the number of layers that were not measured."""
+
 _FORM = re.compile(
     r"(?:(?P<aggregate>[a-z]+)\(\s*(?P<of>\w+)\s*\)|(?P<column>\w+))"
     r"\s*(?P<compare><=|>=|==|!=|<|>)\s*(?P<number>[-+.\w]+)"
@@ -36,7 +39,7 @@ class Condition:
     """`column compare number`, of any layer, or of an aggregate over all layers.
 
     Attributes:
-        column: Name of a column of numbers.
+        column: Name of a column of numbers, or `NUM_SKIPPED`.
         compare: One of <, <=, >, >=, ==, !=.
         number: What the column is compared with.
         aggregate: One of `AGGREGATES`; "" to look at each layer.
@@ -55,6 +58,8 @@ class Condition:
         """Raise ValueError if `frame` has no such column of numbers; names the nearest."""
         from pandas.api.types import is_numeric_dtype
 
+        if self.of_skipped:
+            return
         known = [str(name) for name in frame.columns if is_numeric_dtype(frame[name])]
         if self.column in known:
             return
@@ -63,6 +68,15 @@ class Condition:
         near = difflib.get_close_matches(self.column, known, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(known)}"
         raise ValueError(f"condition {self}: there is no column {self.column!r}{hint}")
+
+    @property
+    def of_skipped(self) -> bool:
+        """Whether it is about the layers that were skipped."""
+        return self.column == NUM_SKIPPED and not self.aggregate
+
+    def met_by_skipped(self, skipped: Sequence[str]) -> list[str]:
+        """As `met_by`, of the number of layers that were skipped: their names or, of none, "0"."""
+        return list(skipped or ["0"]) if _COMPARE[self.compare](len(skipped), self.number) else []
 
     def met_by(self, frame: pd.DataFrame, label: str = "longname") -> list[str]:
         """What satisfies the condition, as text: "layer (value)" each; empty if nothing does.

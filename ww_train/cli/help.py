@@ -32,7 +32,7 @@ ANALYZE = """examples:
   ww-train analyze my-model/ --layers '*attention*' --layers '-*.value'
   ww-train analyze my-model/ --types dense --csv layers.csv
   ww-train analyze my-model/ --json - | jq '.layers[] | {longname, alpha, verdict}'
-  ww-train analyze lora/ --base base-model/      the change that training made
+  ww-train analyze finetuned/ --base base/       the change that training made
   ww-train analyze my-model/ --fail-if 'alpha<2' --fail-if 'mean(alpha)>6'
 
 """
@@ -41,6 +41,8 @@ CONDITIONS = f"""conditions: COLUMN OPERATOR NUMBER, such as 'alpha<2' or 'num_t
   true of any layer; or AGGREGATE(COLUMN) OPERATOR NUMBER, such as 'mean(alpha)>6', with an
   aggregate of {", ".join(AGGREGATES)}. Operators: < <= > >= == !=. A missing number
   satisfies none. --fail-if may be given several times; one that is true is enough.
+  num_skipped is the number of layers that could not be measured, whose numbers no other condition
+  sees: 'num_skipped>0' is true if one holds NaN, but also if one is too small.
 
 """
 
@@ -58,6 +60,7 @@ DESCRIBE = """examples:
 
 COMPARE = """examples:
   ww-train compare base/ finetuned/
+  ww-train compare base/ lora/                   a LoRA adapter is merged into the base first
   ww-train compare base/ finetuned/ --distances
   ww-train compare base/ finetuned/ --metrics-summary metrics_summary.json
   ww-train compare base/ finetuned/ --fail-if 'alpha_change>0.5' --fail-if 'mean(alpha_finetuned)>6'
@@ -85,7 +88,7 @@ PLOT = """examples:
 
 REPORT = """examples:
   ww-train report my-model/ -o report.html --randomize
-  ww-train report lora/ --base base-model/ -o change.html --title 'What training changed'
+  ww-train report finetuned/ --base base/ -o change.html --title 'What training changed'
 
 """
 
@@ -99,9 +102,9 @@ PLAN = """examples:
   ww-train plan llama/config.json --gpus 512 --costs h100.json --tokens-per-step 4e6 --flops 1e15
 
 Only headers are read: a config.json is enough, with Hugging Face Transformers installed. The ranks
-  share the layers. "seconds" is for one rank that does everything, "longest rank" until the last of
-  them is done; "memory" is beyond the model on a rank, without sharded weights that are gathered;
-  "results" are reports or projected weights that each rank receives.
+  share the layers: "with 8 ranks" is until the last of them is done. "memory" is beyond the model on
+  a rank, without sharded weights that are gathered; "results" are reports or projected weights that
+  each rank receives.
 
 A step of tokens takes 6 operations a token and parameter. Of a mixture of experts fewer
   parameters are at work: give --step-seconds.

@@ -52,11 +52,13 @@ def show_columns(
         show(frame, columns, importance)
 
 
-def failed(conditions: Iterable[Condition], frame: pd.DataFrame) -> int:
+def failed(conditions: Iterable[Condition], frame: pd.DataFrame, skipped: Iterable[Skipped]) -> int:
     """1 if a condition is met, after saying on standard error by what; else 0."""
     code = 0
+    unmeasured = list({layer.name: f"{layer.name} ({layer.reason})" for layer in skipped}.values())
     for condition in conditions:
-        met = condition.met_by(frame)
+        of_skipped = condition.of_skipped
+        met = condition.met_by_skipped(unmeasured) if of_skipped else condition.met_by(frame)
         if met:
             code = 1
             print(f"ww-train: {condition}: {printable(named(met))}", file=sys.stderr)

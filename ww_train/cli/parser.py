@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ww_train.cli import help as texts
 from ww_train.cli.commands import analyze, describe, report, smooth
 from ww_train.cli.compare import compare
 from ww_train.cli.plan import calibrate_device, plan
 from ww_train.cli.plot import FIGURES, plot
-from ww_train.cli.values import condition_of, count, device_name, positive, rule_of, share
+from ww_train.cli.values import (
+    condition_of,
+    count,
+    device_name,
+    layer_type,
+    named,
+    positive,
+    rule_of,
+    share,
+    weights,
+)
 from ww_train.editing.rules import AboveBulk, Bottom, DetXTail, PowerLawTail, Top
 from ww_train.planning import MAX_EVALS
 
@@ -34,7 +45,9 @@ SHARES = (
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; leaves the process with code 2 and one line if it makes no sense."""
-    args = parser().parse_args(joined(argv))
+    top = parser()
+    top.check_command(argv, list(COMMANDS))
+    args = top.parse_args(joined(argv))
     args.invocation = shlex.join(["ww-train", *argv])
     return args
 
@@ -57,6 +70,21 @@ class Parser(argparse.ArgumentParser):
         """Print the error and where to find help, and leave with code 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Take no argument that is not known: its command says so, not the program as a whole."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def check_command(self, argv: Sequence[str], commands: Iterable[str]) -> None:
+        """Leave with code 2 if the first word is no command; says which one it is like."""
+        word = next(iter(argv), "-")
+        if not word.startswith("-") and word not in commands:
+            near = difflib.get_close_matches(word, commands, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+            self.error(f"there is no command {word!r}; {hint}")
+
 
 def parser() -> Parser:
     """All commands and their arguments."""
@@ -70,14 +98,8 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action="version", version=f"ww-train {version('ww-train')}")
     room = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    _analyze(_command(room, "analyze", "measure every layer and print a table"))
-    _describe(_command(room, "describe", "list what would be analysed, without computing"))
-    _compare(_command(room, "compare", "what changed between two models"))
-    _plot(_command(room, "plot", "draw the spectra and the model as images"))
-    _report(_command(room, "report", "write one HTML page with everything"))
-    _smooth(_command(room, "smooth", "write a copy with smoothed weights"))
-    _plan(_command(room, "plan", "what watching a model would take, at any size"))
-    _calibrate(_command(room, "calibrate", "measure what decompositions cost on a device"))
+    for name, (arguments, summary) in COMMANDS.items():
+        arguments(_command(room, name, summary))
     return top
 
 
@@ -116,8 +138,13 @@ def _describe(sub: Parser) -> None:
 def _compare(sub: Parser) -> None:
     sub.set_defaults(command=compare)
     sub.epilog = texts.COMPARE + texts.CONDITIONS + texts.EXIT_CODES
-    sub.add_argument("base", metavar="BASE", help="the model before")
-    sub.add_argument("finetuned", metavar="FINETUNED", help="the model after")
+    sub.add_argument("base", type=weights, metavar="BASE", help="the model before")
+    sub.add_argument(
+        "finetuned",
+        type=weights,
+        metavar="FINETUNED",
+        help="the model after, or a LoRA adapter of BASE, which is merged into it",
+    )
     _choice(sub)
     _device(sub)
     sub.add_argument(
@@ -184,10 +211,13 @@ def _plan(sub: Parser) -> None:
     sub.set_defaults(command=plan)
     sub.epilog = texts.PLAN
     sub.add_argument(
-        "path", metavar="PATH", help="a model, or the config.json of one by Hugging Face"
+        "path",
+        type=named,
+        metavar="PATH",
+        help="a model, or the config.json of one by Hugging Face",
     )
     sub.add_argument(
-        "--gpus", type=count, default=1, metavar="N", help="ranks that share the layers"
+        "--gpus", type=count, metavar="N", help="ranks that share the layers; default: 1"
     )
     costs = sub.add_mutually_exclusive_group()
     costs.add_argument("--costs", metavar="FILE", help="costs that calibrate saved elsewhere")
@@ -241,12 +271,17 @@ def _calibrate(sub: Parser) -> None:
 
 
 def _model(sub: Parser) -> None:
-    sub.add_argument("path", metavar="PATH", help="a model: a file of weights or a folder of them")
+    sub.add_argument(
+        "path", type=weights, metavar="PATH", help="a model: a file of weights or a folder of them"
+    )
 
 
 def _adapter(sub: Parser) -> None:
     sub.add_argument(
-        "--adapter", metavar="LORA", help="a LoRA adapter to merge into the model at PATH"
+        "--adapter",
+        type=named,
+        metavar="LORA",
+        help="a LoRA adapter to merge into the model at PATH",
     )
 
 
@@ -261,6 +296,7 @@ def _choice(sub: Parser) -> None:
     group.add_argument(
         "--types",
         action="append",
+        type=layer_type,
         metavar="TYPE",
         default=[],
         help="a type of layers, such as dense or conv2d (describe lists them); repeatable",
@@ -269,7 +305,9 @@ def _choice(sub: Parser) -> None:
 
 def _numbers(sub: Parser) -> None:
     group = sub.add_argument_group("what to measure")
-    group.add_argument("--base", metavar="BASE", help="measure the difference to this model")
+    group.add_argument(
+        "--base", type=weights, metavar="BASE", help="measure the difference to this model"
+    )
     group.add_argument(
         "--randomize", action="store_true", help="find correlation traps; twice the time"
     )
@@ -300,3 +338,16 @@ def _conditions(sub: Parser) -> None:
         metavar="CONDITION",
         help="leave with code 1 if true, e.g. 'alpha<2'; repeatable; see analyze --help",
     )
+
+
+COMMANDS: Mapping[str, tuple[Callable[[Parser], None], str]] = {
+    "analyze": (_analyze, "measure every layer and print a table"),
+    "describe": (_describe, "list what would be analysed, without computing"),
+    "compare": (_compare, "what changed between two models"),
+    "plot": (_plot, "draw the spectra and the model as images"),
+    "report": (_report, "write one HTML page with everything"),
+    "smooth": (_smooth, "write a copy with smoothed weights"),
+    "plan": (_plan, "what watching a model would take, at any size"),
+    "calibrate": (_calibrate, "measure what decompositions cost on a device"),
+}
+"""What adds the arguments of each command, and what the command does."""

@@ -30,6 +30,12 @@ WHAT = ("spectra", "traps", "projection")
 """Rounds of a `Scale`."""
 
 
+OF_THIS_CPU = (
+    "these are costs of this CPU; for GPUs run `ww-train calibrate --device cuda -o costs.json` on "
+    "one and pass --costs costs.json"
+)
+
+
 def calibrate_device(args: Namespace) -> int:
     """Measure the costs of a device; print and save them."""
     if args.output is not None and args.output != exports.STDOUT:
@@ -58,11 +64,12 @@ def plan(args: Namespace) -> int:
     _check_step(args)
     if not first_process():
         return 0
-    costs = read_costs(args.costs) if args.costs else None
+    saved = read_costs(args.costs) if args.costs else None
     model = shapes(Path(args.path))
-    costs = costs or costs_of(args.device or "cpu")
+    costs, origin = (saved, args.costs) if saved else known_or_measured(args.device or "cpu")
     network = math.inf if args.network is None else 1e9 * args.network
-    found = scale(model, costs, args.gpus, max_evals=args.max_evals, network=network)
+    ranks = args.gpus or 1
+    found = scale(model, costs, ranks, max_evals=args.max_evals, network=network)
     step = _step(args, found)
     if args.json is not None:
         document = {**asdict(found), "machine": asdict(costs.machine), "step_seconds": step}
@@ -70,8 +77,27 @@ def plan(args: Namespace) -> int:
         document |= {"overhead": args.overhead, "every": every}
         exports.write_bytes(exports.to_json(document), args.json)
     if args.json != exports.STDOUT:
-        _print(found, costs, step, args)
+        print(f"{amount(found.parameters)} parameters in matrices, {counted(found.ranks, 'rank')}")
+        print(printable(f"costs of {costs.machine}, {origin}"))
+        if args.gpus and not saved and costs.machine.kind == "cpu":
+            print(OF_THIS_CPU)
+        _print(found, step, args)
     return 0
+
+
+def known_or_measured(device: torch.device | str) -> tuple[Costs, str]:
+    """The costs of a device, as `costs_of` gives them, and in words where they come from."""
+    measured: list[Costs] = []
+
+    def measure(where: torch.device) -> Costs:
+        measured.append(calibrate(where))
+        return measured[-1]
+
+    costs = costs_of(device, measure=measure)
+    path = cache_file(costs.machine)
+    if path is None or not path.is_file():
+        return costs, "measured now, not saved"
+    return costs, f"measured now, saved in {path}" if measured else f"saved in {path}"
 
 
 def intervals(found: Scale, step: float, overhead: float) -> dict[str, int]:
@@ -122,7 +148,7 @@ def _check_step(args: Namespace) -> None:
 def _step(args: Namespace, found: Scale) -> float | None:
     if args.flops is None:
         return None if args.step_seconds is None else float(args.step_seconds)
-    return step_seconds(found.parameters, args.tokens_per_step, args.flops, args.gpus)
+    return step_seconds(found.parameters, args.tokens_per_step, args.flops, found.ranks)
 
 
 def _load(found: Scale, name: str) -> Load:
@@ -130,13 +156,11 @@ def _load(found: Scale, name: str) -> Load:
     return load
 
 
-def _print(found: Scale, costs: Costs, step: float | None, args: Namespace) -> None:
+def _print(found: Scale, step: float | None, args: Namespace) -> None:
     import pandas as pd
 
-    ranks = f"{found.ranks} rank{'s' if found.ranks > 1 else ''}"
-    print(f"{amount(found.parameters)} parameters in matrices, {ranks}")
-    print(f"costs of {costs.machine}\n")
-    rows = [_row(name, _load(found, name)) for name in WHAT]
+    print()
+    rows = [_row(name, _load(found, name), found.ranks) for name in WHAT]
     show(pd.DataFrame(rows), list(rows[0]))
     _print_traffic(found, args)
     if found.skipped:
@@ -144,12 +168,13 @@ def _print(found: Scale, costs: Costs, step: float | None, args: Namespace) -> N
     print(advice(found, step, args.overhead))
 
 
-def _row(name: str, load: Load) -> Mapping[str, Any]:
+def _row(name: str, load: Load, ranks: int) -> Mapping[str, Any]:
+    shared = {f"with {ranks} ranks": load.longest} if ranks > 1 else {}
     return {
         "round": name,
         "layers": load.layers,
-        "seconds": load.seconds,
-        "longest rank": load.longest,
+        "seconds on one rank": load.seconds,
+        **shared,
         "memory": size(load.memory),
         "results": size(load.results),
     }
@@ -167,20 +192,37 @@ def _print_traffic(found: Scale, args: Namespace) -> None:
 
 def advice(found: Scale, step: float | None, overhead: float) -> str:
     """How often for this share of the training time: in steps if their time is known."""
-    share = f"for {100 * overhead:g} %"
     if step is None:
         spectra, traps, projection = (
-            f"{_load(found, name).longest / overhead:.4g} s" for name in WHAT
+            duration(_load(found, name).longest / overhead) for name in WHAT
         )
-        unit = "of training (--step-seconds gives steps)"
+        unit = "; --step-seconds gives steps"
     else:
         every = intervals(found, step, overhead)
-        spectra, traps, projection = (f"{every[name]} steps" for name in WHAT)
-        unit = f"of {step:.3g} s"
+        spectra, traps, projection = (counted(every[name], "step") for name in WHAT)
+        unit = f"; a step takes {duration(step)}"
     return (
-        f"{share}: measure spectra every {spectra}, traps every {traps}, project every {projection} "
-        f"{unit}; each alone"
+        f"to stay within {100 * overhead:g} % of the training time, measure spectra at most every "
+        f"{spectra} (traps: {traps}; projecting: {projection}), if only one of them is done{unit}"
     )
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things."""
+    return f"1 {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them, with two or three digits."""
+    units = ((86400.0, "days", 5.0), (3600.0, "h", 2.0), (60.0, "min", 2.0))
+    for unit, name, least in units:
+        if seconds >= least * unit:
+            return f"{_digits(seconds / unit)} {name}"
+    return f"{_digits(seconds)} s"
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 9.95 else f"{number:.2g}"
 
 
 def amount(number: int) -> str:

@@ -68,6 +68,13 @@ def source(path: str, device: torch.device | None, adapter: str | None = None) -
     return [layer if isinstance(layer, Skipped) else layer.to(home) for layer in found]
 
 
+def is_adapter(path: str) -> bool:
+    """Whether this is the folder or the weights of a LoRA adapter, and not of a whole model."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    named = folder == path or os.path.basename(path).startswith("adapter_model.")
+    return named and os.path.isfile(os.path.join(folder, "adapter_config.json"))
+
+
 def measured(args: Namespace) -> Report:
     """The report of the model that the arguments name; torchrun's processes share the layers.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,30 @@ def condition_of(text: str) -> Condition:
         return condition(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def named(text: str) -> str:
+    """A path, which must say something: the empty one would be the folder one is in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def weights(text: str) -> str:
+    """A path of weights, not of their configuration."""
+    path = Path(named(text))
+    if path.name.endswith("config.json") and path.is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text} is a configuration: name the folder, or use ww-train plan"
+        )
+    return text
+
+
+def layer_type(text: str) -> str:
+    """A type of layers."""
+    if text in ("", "skipped"):  # stands for the type of what is no matrix
+        raise argparse.ArgumentTypeError(f"{text!r} is no type of layers; describe lists them")
+    return text
 
 
 def count(text: str) -> int:

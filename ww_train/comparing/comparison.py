@@ -14,7 +14,7 @@ import numpy as np
 from ww_train.analysis import measure
 from ww_train.columns import Row
 from ww_train.comparing.matching import Matching, matched_pairs
-from ww_train.comparing.readings import METRICS, Reading, read_changes
+from ww_train.comparing.readings import METRICS, OF_ALPHA, Reading, read_changes
 from ww_train.exports import to_json, write_bytes
 from ww_train.report import LayerReport, Report
 from ww_train.selection import Layers
@@ -66,7 +66,22 @@ class Comparison:
 
     def reading(self) -> tuple[Reading, ...]:
         """What each change means; metrics that did not change are left out."""
-        return read_changes(*self._means())
+        return read_changes(*self._means(), self._doubts())
+
+    def _doubts(self) -> dict[str, str]:
+        """Of what is made of alpha, if that is read from noise: in most layers of one model."""
+        pairs = list(self._pairs())
+        models = {"base": [b for b, _ in pairs], "fine-tuned model": [a for _, a in pairs]}
+        noisy = [
+            name
+            for name, layers in models.items()
+            if 2 * sum(layer.random_like for layer in layers) > len(layers)
+        ]
+        if not noisy:
+            return {}
+        whose = " and of the ".join(noisy)
+        doubt = f"most layers of the {whose} are random-like: alpha says nothing of them"
+        return dict.fromkeys(OF_ALPHA, doubt)
 
     def write_metrics_summary(self, path: str | os.PathLike[str]) -> None:
         """Write `metrics_summary` as JSON; the file is replaced whole or not at all."""

@@ -16,10 +16,11 @@ import torch
 from ww_train.comparing.matching import Matching, matched_pairs
 from ww_train.comparing.similarity import Decomposed, centred_cka, linear_cka, tail_overlaps, unit
 from ww_train.divergence import jensen_shannon_distance
-from ww_train.linalg import gram_eigenvalues
+from ww_train.linalg import gram_eigenvalues, has_float64
 from ww_train.power_law import TailFit, fit_power_law
 from ww_train.selection import Layers
 from ww_train.weights.matrices import Skipped, Source, WeightMatrix, slices, weight_matrices
+from ww_train.weights.stored import CPU
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,6 +147,8 @@ def layer_distance(
     base: WeightMatrix, other: WeightMatrix, *, fit: TailFit = fit_power_law
 ) -> LayerDistance | Skipped:
     """Distance of one layer to another of the same shape; `Skipped` if a weight is not finite."""
+    if not has_float64(other.device):
+        other = other.to(CPU)
     b = other.stack.detach().to(torch.float64)
     a = base.stack.detach().to(b)
     sizes = [float(x.abs().max()) for x in (a, b)]

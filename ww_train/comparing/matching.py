@@ -116,6 +116,8 @@ def _strangers(found: Matching) -> str:
         return f"the {empty} model holds no matrix"
     if all(name.endswith(SUFFIX) for name in found.extra):
         return "the other one is a LoRA adapter: pass ww_train.merge(base, adapter) instead"
+    if all(name.endswith(SUFFIX) for name in found.missing):
+        return "the base is a LoRA adapter: give the model that it was trained on first"
     pairs = []
     for name in found.extra[:NAMES_SHOWN]:
         (near,) = difflib.get_close_matches(name, found.missing, n=1, cutoff=0.0)

@@ -62,34 +62,44 @@ class Metric:
     badness: Callable[[float], float] | None = None
     caution: str = ""
 
-    def read(self, before: float, after: float) -> Reading | None:
-        """The change from one mean to the other; None if it is rounding."""
+    def read(self, before: float, after: float, doubt: str = "") -> Reading | None:
+        """The change from one mean to the other; None if it is rounding.
+
+        Args:
+            before: Mean of the base model.
+            after: Mean of the fine-tuned model.
+            doubt: Why the theory's claim does not hold of these two models, if it does not.
+        """
         if math.isclose(before, after, rel_tol=ROUNDING, abs_tol=ROUNDING):
             return None
         moved, meaning = ("rose", self.rose) if after > before else ("fell", self.fell)
         verdict: Verdict = "no claim"
-        if self.badness is not None:
+        if self.badness is not None and not doubt:
             verdict = "better" if self.badness(after) < self.badness(before) else "worse"
         judged = {
             "better": "an improvement, by the theory",
             "worse": "a deterioration, by the theory",
             "no claim": "the theory does not call this better or worse",
         }[verdict]
-        caution = f" ({self.caution})" if self.caution else ""
+        caution = f" ({doubt or self.caution})" if doubt or self.caution else ""
         first, last = _apart(before, after)
         sentence = f"{self.name} {moved} from {first} to {last}: {meaning}; {judged}{caution}."
         return Reading(self.name, before, after, verdict, sentence)
 
 
-def read_changes(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[Reading, ...]:
+def read_changes(
+    before: Mapping[str, float], after: Mapping[str, float], doubts: Mapping[str, str] | None = None
+) -> tuple[Reading, ...]:
     """Read every metric that changed between two summaries, in the order of `METRICS`.
 
     Args:
         before: Means by metric of the base model.
         after: Means by metric of the fine-tuned model, over the same layers.
+        doubts: By metric, why its claim does not hold of these models.
     """
+    doubts = doubts or {}
     found = (
-        metric.read(before[metric.name], after[metric.name])
+        metric.read(before[metric.name], after[metric.name], doubts.get(metric.name, ""))
         for metric in METRICS
         if metric.name in before and metric.name in after
     )
@@ -159,3 +169,6 @@ METRICS = (
            "fewer eigenvalues come from single large weights or means", _less),
 )  # fmt: skip
 """The metrics of a comparison. `abs_ERG_gap` is the absolute gap: signs of layers would cancel."""
+
+OF_ALPHA = ("alpha", "alpha_weighted", "log_alpha_norm")
+"""Metrics that say nothing where alpha says nothing."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ww_train.linalg import gram
+from ww_train.linalg import gram, symmetric_eigenvectors
 from ww_train.spectrum import EPS64, Spectrum
 from ww_train.weights.matrices import WeightMatrix
 
@@ -72,7 +72,7 @@ class Decomposed:
     @classmethod
     def of(cls, stack: Tensor, matrix: WeightMatrix) -> Decomposed:
         """Decompose the float64 weights of a layer, which may have been scaled."""
-        evals, vectors = torch.linalg.eigh(gram(stack))
+        evals, vectors = symmetric_eigenvectors(gram(stack))
         evals = evals.clamp_min(0.0)
         return cls(stack, evals, vectors, matrix.spectrum(evals.cpu().numpy()))
 

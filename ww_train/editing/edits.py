@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ww_train.linalg import all_finite
+from ww_train.linalg import all_finite, has_float64
 from ww_train.selection import Layers, select
 from ww_train.weights.matrices import Skipped, WeightMatrix, weight_matrices
+from ww_train.weights.stored import CPU
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,11 +93,23 @@ def edit_(
 
 
 def edit_layer_(matrix: WeightMatrix | Skipped, edit: Edit[T], min_evals: int) -> T | Skipped:
-    """Apply an edit to one layer, unless it must not be written to."""
+    """Apply an edit to one layer, unless it must not be written to.
+
+    Where the device has no float64, a copy on the CPU is edited and written back.
+    """
     if isinstance(matrix, Skipped):
         return matrix
     reason = _untouchable(matrix, min_evals)
-    return Skipped(matrix.name, reason) if reason else edit(matrix)
+    if reason:
+        return Skipped(matrix.name, reason)
+    if has_float64(matrix.device):
+        return edit(matrix)
+    here = matrix.to(CPU)
+    done = edit(here)
+    if not isinstance(done, Skipped):
+        with torch.no_grad():
+            matrix.stack.copy_(here.stack)
+    return done
 
 
 def catalogue(found: list[WeightMatrix | Skipped]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ww_train.ranks import together
+from ww_train.ranks import on_device, together
 from ww_train.steering.boundary import Need, needed, project_boundary_
 from ww_train.steering.clock import Clock, check_clock
 from ww_train.steering.manifold_projection import ManifoldProjection
@@ -27,6 +27,15 @@ from ww_train.weights.weight_matrix import sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+LONG_EPOCH = 10_000
+"""Steps after which a loop that has not ended an epoch has more likely forgotten to."""
+
+NO_EPOCH = (
+    f"WWPGD has taken {LONG_EPOCH:,} steps and projected nothing, because no epoch was ended: call "
+    "optimizer.end_epoch() after each, give the optimizer to the monitor "
+    "(SpectralMonitor(model, optimizer)), or, for epochs as long as that, every_n_steps="
+)
 
 
 class WWPGD(Optimizer):
@@ -222,6 +231,8 @@ class WWPGD(Optimizer):
             due = self.every_n_steps or self.steps_per_epoch
             if due and self._clock.steps % due == 0:
                 self._boundary()
+            elif not due and self._clock.steps == LONG_EPOCH and not self._clock.epochs:
+                self._warn_once("epoch", NO_EPOCH)
         return result
 
     # torch would wrap the step in its profiler range and global hooks, which base.step has already
@@ -322,7 +333,7 @@ class WWPGD(Optimizer):
             return ()
         clock.projected = ()
         try:
-            with _at_trained_point(self.base):
+            with _at_trained_point(self.base), on_device(self._devices()):
                 targets, strength = together(lambda: self._plan(index), self.replicas)
                 clock.projected = self._project(targets, strength)
         except Exception as error:
@@ -331,6 +342,9 @@ class WWPGD(Optimizer):
             self._warn_once("boundary", f"no projection at boundary {index}: {error}")
             return ()
         return clock.projected
+
+    def _devices(self) -> Iterator[torch.device]:
+        return (p.device for group in self.param_groups for p in group["params"])
 
     def _plan(self, index: int) -> tuple[list[Task | Skipped], float]:
         strength = self.strength(index) if callable(self.strength) else self.strength

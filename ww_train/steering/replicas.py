@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ww_train.ranks import deal, gather
+from ww_train.ranks import deal, gather, on_device
 from ww_train.steering.projection import Projected
 from ww_train.steering.tasks import Failed, Outcome, Task, Then, project_all_
 from ww_train.weights.matrices import WeightMatrix
@@ -27,6 +27,9 @@ def project_replicas_(
     Every rank must call it with the same layers. The replicas are bitwise equal afterwards, and all
     ranks return the results of all.
 
+    A rank that has no memory for a layer projects it on the CPU, and the others wait: a time limit of
+    the group, ten minutes with NCCL by default, must allow for that.
+
     Args:
         tasks: The same on every rank.
         strength: The same on every rank.
@@ -38,13 +41,13 @@ def project_replicas_(
         RuntimeError: On every rank, if the ranks hold different layers or come with different
             strengths; nothing is changed then.
     """
-    _agree([(t.matrix.name, _shapes(t, buffers)) for t in tasks], strength, group)
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    owners = _owners(tasks, ranks)
-    mine = [i for i, owner in enumerate(owners) if owner == rank]
-    own = project_all_([tasks[i] for i in mine], strength, then)
-    done = {i: portable(outcome) for i, outcome in zip(mine, own, strict=True)}
-    results = {i: outcome for share in gather(done, group) for i, outcome in share.items()}
+    owners = _owners(tasks, dist.get_world_size(group))
+    mine = [i for i, owner in enumerate(owners) if owner == dist.get_rank(group)]
+    with on_device(task.matrix.device for task in tasks):
+        _agree([(t.matrix.name, _shapes(t, buffers)) for t in tasks], strength, group)
+        own = project_all_([tasks[i] for i in mine], strength, then)
+        done = {i: portable(outcome) for i, outcome in zip(mine, own, strict=True)}
+        results = {i: outcome for share in gather(done, group) for i, outcome in share.items()}
     for i, task in enumerate(tasks):
         if isinstance(results[i], Projected):
             source = dist.get_global_rank(group, owners[i])

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ww_train.ranks import gather
+from ww_train.ranks import NO_ROOM, gather, gathered, on_device, shared_room
 from ww_train.steering.projection import Projected
 from ww_train.steering.replicas import portable
-from ww_train.steering.tasks import Outcome, Task, project_all_
+from ww_train.steering.tasks import Failed, Outcome, Task, project_all_
 from ww_train.weights.matrices import Deferred, Skipped
 
 
@@ -22,7 +22,8 @@ def project_shards_(tasks: Sequence[Task], strength: float) -> list[Outcome]:
     """Project sharded matrices, as many parameters at a time as there are ranks.
 
     Each parameter is gathered by all ranks of its mesh, projected by one of them, sent to the others
-    and written into everybody's shard. A rank holds at most two whole parameters at a time.
+    and written into everybody's shard. A rank holds at most two whole parameters at a time, and needs
+    room for a third. One that any rank has no memory for is `Failed` on all, and left as it is.
 
     Args:
         tasks: The same on every rank, of `sharded` matrices.
@@ -43,8 +44,9 @@ def project_shards_(tasks: Sequence[Task], strength: float) -> list[Outcome]:
             results |= {i: Skipped(tasks[i].matrix.name, reason) for unit in units for i in unit}
             continue
         ranks = dist.get_world_size(group)
-        for start in range(0, len(units), ranks):
-            results |= _round(tasks, units[start : start + ranks], strength, group)
+        with on_device(tasks[unit[0]].matrix.device for unit in units):
+            for start in range(0, len(units), ranks):
+                results |= _round(tasks, units[start : start + ranks], strength, group)
     return [results[i] for i in range(len(tasks))]
 
 
@@ -68,33 +70,54 @@ def _round(
 ) -> dict[int, Outcome]:
     """One parameter for each rank."""
     rank = dist.get_rank(group)
+    results: dict[int, Outcome] = {}
     mine: Tensor | None = None
     for turn, unit in enumerate(units):
-        whole = _parameter(tasks[unit[0]]).full_tensor()
-        if turn == rank:
-            mine = whole.detach()
+        whole = gathered(_parameter(tasks[unit[0]]))
+        if whole is None:
+            results |= _left(tasks, unit)
+        elif turn == rank:
+            mine = whole
+        del whole
     own: dict[int, Outcome] = {}
     if mine is not None:
         unit = units[rank]
-        done = project_all_([_gathered(tasks[i], mine) for i in unit], strength)
+        done = project_all_([_part(tasks[i], mine) for i in unit], strength)
         own = {i: portable(outcome) for i, outcome in zip(unit, done, strict=True)}
-    results = {i: outcome for share in gather(own, group) for i, outcome in share.items()}
+    results |= {i: outcome for share in gather(own, group) for i, outcome in share.items()}
     for turn, unit in enumerate(units):
         if any(isinstance(results[i], Projected) for i in unit):
-            parameter = _parameter(tasks[unit[0]])
-            whole = mine if turn == rank else None
-            if whole is None:
-                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-            dist.broadcast(whole, dist.get_global_rank(group, turn), group=group)
-            _write_(parameter, whole)
+            parameter, projected = _parameter(tasks[unit[0]]), mine if turn == rank else None
+            if not _spread_(parameter, projected, dist.get_global_rank(group, turn), group):
+                results |= _left(tasks, unit)
     return results
+
+
+def _left(tasks: Sequence[Task], unit: Sequence[int]) -> dict[int, Outcome]:
+    """The results of a parameter that some rank has no memory for."""
+    error = torch.OutOfMemoryError(NO_ROOM)
+    return {i: Failed(tasks[i].matrix.name, NO_ROOM, error) for i in unit}
+
+
+def _spread_(
+    parameter: Any, projected: Tensor | None, source: int, group: dist.ProcessGroup
+) -> bool:
+    """Send what one rank has to all and write it into the shards, if all have room to receive it."""
+    received = shared_room(parameter)
+    if received is None:
+        return False
+    whole = received if projected is None else projected
+    del received
+    dist.broadcast(whole, source, group=group)
+    _write_(parameter, whole)
+    return True
 
 
 def _parameter(task: Task) -> Any:
     return task.matrix.parameter
 
 
-def _gathered(task: Task, whole: Tensor) -> Task:
+def _part(task: Task, whole: Tensor) -> Task:
     """The same task on the whole parameter, in this process's memory."""
     weights = task.matrix.weights
     assert isinstance(weights, Deferred)

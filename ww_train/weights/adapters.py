@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ww_train.ranks import NO_ROOM, gathered
 from ww_train.weights.low_rank import DORA, SUFFIX, DoraUpdate, Factors, kind_of, positions
 from ww_train.weights.stored import CheckpointError, Deferred, StoredTensor
 from ww_train.weights.weight_matrix import Skipped, WeightMatrix, layer_name
@@ -187,9 +188,13 @@ def _weight(holder: Any) -> Tensor:
 
 
 def _whole(tensor: Any) -> Tensor:
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    detached: Tensor = tensor.detach()
-    return detached
+    if not hasattr(tensor, "full_tensor"):
+        own: Tensor = tensor.detach()
+        return own
+    whole = gathered(tensor)
+    if whole is None:
+        raise CheckpointError(NO_ROOM)
+    return whole
 
 
 def merged(
@@ -230,7 +235,8 @@ def _deferred_sum(
     """The sum in float64, made where the layer is."""
 
     def load() -> Tensor:
-        return finish(layer.stack.to(torch.float64, copy=True).add_(update.stack.to(layer.device)))
+        own, change = layer.stack, update.stack  # gathered before anything can fail
+        return finish(own.to(torch.float64, copy=True).add_(change.to(layer.device)))
 
     return Deferred(
         layer.shape,

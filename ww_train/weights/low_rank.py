@@ -58,7 +58,8 @@ class Factors:
 
     def product(self) -> Tensor:
         """`scaling * B A` in float64, `(rf, out, in)`, or `(rf, in, out)` if transposed."""
-        update = self.B(self.device).to(torch.float64) @ self.A(self.device).to(torch.float64)
+        B, A = self.B(self.device), self.A(self.device)  # gathered before anything can fail
+        update = B.to(torch.float64) @ A.to(torch.float64)
         update *= self.scaling
         return update.mT if self.transposed else update
 
@@ -67,9 +68,10 @@ class Factors:
 
         From the QR decompositions `B = Q_B R_B` and `Aᵀ = Q_A R_A`.
         """
-        B = torch.linalg.qr(self.B(self.device).to(torch.float64), mode="r").R
-        A = torch.linalg.qr(self.A(self.device).to(torch.float64).mT, mode="r").R
-        core: Tensor = self.scaling * (B @ A.mT)
+        B, A = self.B(self.device), self.A(self.device)
+        R_B = torch.linalg.qr(B.to(torch.float64), mode="r").R
+        R_A = torch.linalg.qr(A.to(torch.float64).mT, mode="r").R
+        core: Tensor = self.scaling * (R_B @ R_A.mT)
         return core
 
     def deferred(self) -> Deferred:

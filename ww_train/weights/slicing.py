@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ww_train.weights.stored import Deferred, StoredTensor
+from ww_train.ranks import NO_ROOM, gathered
+from ww_train.weights.stored import CheckpointError, Deferred, StoredTensor
 from ww_train.weights.weight_matrix import Skipped, WeightMatrix, layer_name
 
 
@@ -152,13 +153,15 @@ def _of_sharded(
         yield Skipped(layer_name(parameter), reason)
         return
 
-    def gathered(index: int) -> Tensor:
-        whole: Tensor = tensor.full_tensor()
-        stacks = _stacks(parameter, whole.detach(), owner, siblings)
+    def part(index: int) -> Tensor:
+        whole = gathered(tensor)
+        if whole is None:
+            raise CheckpointError(NO_ROOM)
+        stacks = _stacks(parameter, whole, owner, siblings)
         return next(islice(stacks, index, None))[2]
 
     for i, (label, kind, view, scale) in enumerate(_stacks(parameter, like, owner, siblings)):
-        load = partial(gathered, i)
+        load = partial(part, i)
         weights = Deferred(
             _shape(view),
             tensor.dtype,

@@ -167,28 +167,31 @@ def slices(matrix: WeightMatrix) -> list[WeightMatrix]:
     if matrix.rf == 1:
         return [matrix]
     return [
-        replace(matrix, name=f"{matrix.name}[{i}]", weights=_slice(matrix, i), slice_id=i)
+        replace(matrix, name=f"{matrix.name}[{i}]", weights=_slice(matrix.weights, i), slice_id=i)
         for i in range(matrix.rf)
     ]
 
 
-def _slice(matrix: WeightMatrix, i: int) -> Tensor | Deferred:
-    weights = matrix.weights
-    if isinstance(weights, Tensor):
-        return weights[i : i + 1]
+def _slice(weights: Tensor | Deferred, i: int) -> Tensor | Deferred:
+    return weights[i : i + 1] if isinstance(weights, Tensor) else _deferred_slice(weights, i)
+
+
+def _deferred_slice(weights: Deferred, i: int) -> Deferred:
     core = weights.core
     return replace(
         weights,
         shape=(1, *weights.shape[1:]),
         load=lambda: weights.load()[i : i + 1],
         core=None if core is None else lambda: core()[i : i + 1],
+        relocate=lambda device: _deferred_slice(weights.to(device), i),
     )
 
 
 def delta(matrix: WeightMatrix, base: WeightMatrix) -> WeightMatrix:
     """The difference of two layers of one shape, exact in float64 on the first one's device."""
-    stack = matrix.stack.to(torch.float64, copy=True)
-    stack -= base.stack.to(stack.device)
+    own, other = matrix.stack, base.stack  # what is sharded is gathered before anything can fail
+    stack = own.to(torch.float64, copy=True)
+    stack -= other.to(stack.device)
     return replace(matrix, weights=stack, read_only="a difference of two models", parameter=None)
 
 
