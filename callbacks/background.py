@@ -9,27 +9,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-from ww_train import Skipped, measure
+from ww_train import measure
 from ww_train.cores import one_core
 from ww_train.ranks import deal
 from ww_train.spectrum import Spectrum
 from ww_train.weights.matrices import WeightMatrix, weight_matrices
 
 from .budget import Budget, Candidate
+from .copies import Elsewhere, Entry, Layers, copies_of, copy_bytes, makers, without_frames
 from .sharing import Ranks
 from .survey import Moment, Occasion, Survey, Taken, joined, work_of
 from .timeline import Timeline
 
 COPY_BYTES = 1 << 30
 """Copies of weights that a process may hold for the thread; a larger layer comes alone."""
-
-Layers: TypeAlias = "list[WeightMatrix | Skipped]"
-Entry: TypeAlias = "tuple[int, WeightMatrix | Skipped]"
-"""Position of a layer in the model, and the layer."""
 
 
 class BackgroundSurvey(Survey):
@@ -39,7 +36,7 @@ class BackgroundSurvey(Survey):
     due, as many layers as fit are copied where they are, the stalest first, and handed to the thread;
     the others follow as soon as it is free, of a later step. What is due while the thread is busy with
     the same layers is left out. Without CUDA it uses one core; with CUDA the copies are decomposed on
-    a stream beside that of training.
+    a stream beside that of training, if the device has room for it.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -48,10 +45,18 @@ class BackgroundSurvey(Survey):
         self._lot: _Lot | None = None
         self._wanted: list[str] = []
         self._due: Occasion | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has a thread of its own, and nothing to do yet."""
-        return {**self.__dict__, "_thread": None, "_lot": None, "_wanted": [], "_due": None}
+        idle: dict[str, Any] = {
+            "_thread": None,
+            "_lot": None,
+            "_wanted": [],
+            "_due": None,
+            "_streams": {},
+        }
+        return {**self.__dict__, **idle}
 
     @property
     def measuring(self) -> bool:  # type: ignore[override]
@@ -95,6 +100,7 @@ class BackgroundSurvey(Survey):
         failed = [part for part in parts if isinstance(part, str)]
         if failed:
             raise RuntimeError("; ".join(dict.fromkeys(failed)))
+        self._measured(lot)
         reports = [part for part in parts if isinstance(part, Taken)]
         seconds = max(part.seconds for part in reports)
         budget.beside += seconds
@@ -103,7 +109,7 @@ class BackgroundSurvey(Survey):
         return Taken(joined(part.report for part in reports), lot.moment, seconds)
 
     def cancel(self) -> None:
-        """End the thread, which stops behind the layer that it is at, and forget its lot."""
+        """End the thread, which stops behind the layers that it is at, and forget its lot."""
         if self._lot is not None:
             self._lot.stop.set()
         self._wanted, self._lot, self._due = [], None, None
@@ -125,6 +131,18 @@ class BackgroundSurvey(Survey):
         due = self._due
         return due if due is not None and due.moment.step == occasion.moment.step else occasion
 
+    def _measured(self, lot: _Lot) -> None:
+        """What a projection left of these layers is known from now on: not to be measured again."""
+        due = self._due
+        if due is not None and due.moment is lot.moment:
+            known = {name: own for name, own in due.known.items() if name not in lot.names}
+            self._due = replace(due, known=known)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether all entries of a low-rank product are needed, and not its spectrum alone."""
+        return bool(self.randomize or self.vectors)
+
     def _begin(self, occasion: Occasion) -> None:
         """Copy the next lot and hand it to the thread; with several ranks each copies its part.
 
@@ -136,22 +154,46 @@ class BackgroundSurvey(Survey):
         ranks, model = occasion.ranks, list(weight_matrices(occasion.model))
         place = {matrix.name: i for i, matrix in enumerate(model)}
         entries = [(place[name], model[place[name]]) for name in wanted if name in place]
-        known_by = [(i, matrix.name, _bytes(matrix)) for i, matrix in entries]
+        sizes = {i: copy_bytes(matrix, self._whole) for i, matrix in entries}
+        known_by = [(i, matrix.name, sizes[i]) for i, matrix in entries]
         if any(theirs != known_by for theirs in ranks.collect(known_by)):
             raise RuntimeError("the processes that are to share the layers hold different ones")
-        lot = _lot_of(entries, ranks.size)
+        lot = _lot_of(entries, sizes, ranks.size)
         self._wanted = [matrix.name for _, matrix in entries[len(lot) :]]
-        owners = deal([_bytes(matrix) for _, matrix in lot], ranks.size)
+        owners = deal([sizes[i] for i, _ in lot], ranks.size)
         mine = [owner == ranks.rank for owner in owners]
         names = tuple(matrix.name for _, matrix in lot)
         effort = sum(work_of(matrix) for _, matrix in lot) * (1 + int(self.randomize))
         self._lot = _Lot(names, occasion.moment, effort)
-        copies, failure = _copies(len(model), lot, mine)
-        if failure is not None:  # told to all ranks by `finished`
-            self._lot.future.set_exception(failure)
-            return
-        task = partial(self._measure, self._lot, copies, _streams(copies), occasion.known)
-        self._pool().submit(self._lot.run, task)
+        try:
+            copies = copies_of(len(model), lot, mine, whole=self._whole)
+            streams = self._streams_of(copies)
+            task = partial(self._measure, self._lot, copies, streams, occasion.known)
+            self._pool().submit(self._lot.run, task)
+        except Exception as error:  # told to all ranks by `finished`
+            self._lot.future.set_exception(without_frames(error))
+
+    def _streams_of(self, copies: Layers) -> list[torch.cuda.Stream]:
+        """The stream of each CUDA device that has copies, which waits until they are made.
+
+        Always the same ones: memory that was freed serves the stream again that it was used on.
+        """
+        streams: dict[torch.device, torch.cuda.Stream] = {}
+        for matrix in copies:
+            if not isinstance(matrix, WeightMatrix) or matrix.device.type != "cuda":
+                continue
+            if not copy_bytes(matrix, self._whole):
+                continue
+            device = matrix.device
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = self._streams[device]
+            if device not in streams:
+                stream.wait_stream(torch.cuda.current_stream(device))
+                streams[device] = stream
+            for make in makers(matrix, whole=self._whole):
+                make().record_stream(stream)  # not to be reused before it is through
+        return list(streams.values())
 
     def _measure(
         self,
@@ -162,10 +204,9 @@ class BackgroundSurvey(Survey):
     ) -> Taken:
         """In the thread: the report of the copies, on the CPU one after another."""
         started = time.perf_counter()
-        there = [i for i, copy in enumerate(copies) if not isinstance(copy, _Elsewhere)]
         parts = []
         with _beside(streams):
-            for layer_ids in [there] if streams else [[i] for i in there]:
+            for layer_ids in _turns(copies, together=bool(streams)):
                 if lot.stop.is_set() or not threading.main_thread().is_alive():
                     raise RuntimeError("training ended before all layers were measured")
                 part = measure(
@@ -216,7 +257,7 @@ class _Lot:
         try:
             self.future.set_result(task())
         except BaseException as error:
-            self.future.set_exception(error)
+            self.future.set_exception(without_frames(error))
 
     def outcome(self, *, alone: bool) -> Taken | str:
         """What was measured; of several ranks one that failed tells why instead of raising."""
@@ -228,78 +269,30 @@ class _Lot:
             return f"{type(error).__name__}: {error}"
 
 
-class _Elsewhere(Skipped):
-    """A layer that is not in the lot, or in that of another rank."""
-
-
 def _staleness(layer: Candidate) -> tuple[int, int, int]:
     return layer.shuffled, layer.measured, layer.layer_id
 
 
-def _bytes(matrix: WeightMatrix | Skipped) -> int:
-    """Size of a layer's copy; 0 if it will be skipped, for which its weights are not needed."""
-    if isinstance(matrix, Skipped) or not work_of(matrix):
-        return 0
-    return matrix.num_evals * matrix.N * matrix.dtype.itemsize
-
-
-def _lot_of(entries: Sequence[Entry], ranks: int) -> list[Entry]:
+def _lot_of(entries: Sequence[Entry], sizes: Mapping[int, int], ranks: int) -> list[Entry]:
     """The first layers whose copies fit, at least one for each rank."""
     lot: list[Entry] = []
     held = 0
     for i, matrix in entries:
-        held += _bytes(matrix)
+        held += sizes[i]
         if len(lot) >= ranks and held > COPY_BYTES * ranks:
             break
         lot.append((i, matrix))
     return lot
 
 
-def _copies(
-    number: int, lot: Sequence[Entry], mine: Sequence[bool]
-) -> tuple[Layers, Exception | None]:
-    """Copies of this rank's layers at their places in the model, and what went wrong, if anything.
-
-    Whatever happens, a rank takes part in gathering all that is sharded.
-    """
-    copies: Layers = [_Elsewhere("", "") for _ in range(number)]
-    failure: Exception | None = None
-    for (i, matrix), own in zip(lot, mine, strict=True):
-        if not _bytes(matrix):
-            copies[i] = matrix if own else copies[i]
-        elif own or (isinstance(matrix, WeightMatrix) and matrix.collective):
-            try:
-                copy = _copied(matrix)
-                copies[i] = copy if own else copies[i]
-            except Exception as error:
-                failure = failure or error
-    return copies, failure
-
-
-def _copied(matrix: WeightMatrix | Skipped) -> WeightMatrix:
-    """A layer with weights of its own: on its CUDA device if there is room, else on the CPU."""
-    assert isinstance(matrix, WeightMatrix)
-    stack = matrix.stack.detach()
-    device = stack.device if stack.device.type == "cuda" else torch.device("cpu")
-    fresh = matrix.deferred and stack.device == device
-    try:
-        copy = stack if fresh else stack.to(device, copy=True)
-    except torch.OutOfMemoryError:
-        copy = stack.to("cpu")
-    return replace(matrix, weights=copy, parameter=None)
-
-
-def _streams(copies: Layers) -> list[torch.cuda.Stream]:
-    """A stream for each CUDA device that has copies, which waits until they are made."""
-    streams: dict[torch.device, torch.cuda.Stream] = {}
-    for matrix in copies:
-        if isinstance(matrix, WeightMatrix) and matrix.device.type == "cuda" and _bytes(matrix):
-            device = matrix.device
-            if device not in streams:
-                streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-                streams[device].wait_stream(torch.cuda.current_stream(device))
-            matrix.stack.record_stream(streams[device])  # not to be reused before it is through
-    return list(streams.values())
+def _turns(copies: Layers, *, together: bool) -> list[list[int]]:
+    """Positions of the copies that are measured in one go: of one size together, or each alone."""
+    turns: dict[int, list[int]] = {}
+    for i, copy in enumerate(copies):
+        if not isinstance(copy, Elsewhere):
+            size = copy.M if isinstance(copy, WeightMatrix) else 0
+            turns.setdefault(size if together else i, []).append(i)
+    return list(turns.values())
 
 
 @contextmanager

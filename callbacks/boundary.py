@@ -158,6 +158,19 @@ class BoundaryMonitor:
             self.timeline = Timeline()
         self.budget.start()
 
+    def decides(self, whose: Sequence[str]) -> None:
+        """Warn if numbers of ours that are of earlier weights choose a checkpoint, or stop training.
+
+        Args:
+            whose: What follows them, in words.
+        """
+        if self.background and whose:
+            self._warn(
+                "decides",
+                f"{' and '.join(whose)}: with background=True the numbers that are there at a "
+                "checkpoint or a decision to stop are of earlier weights; use background=False",
+            )
+
     def boundary(
         self,
         model: nn.Module,
@@ -208,13 +221,22 @@ class BoundaryMonitor:
             if due:
                 self._attempt(partial(acquaint, model))  # not the cost of watching this training
             with self.budget.watching() as spent:
-                earlier = self._finished(ranks, spent, wait=last)
+                done = self._finished(ranks, wait=last)
+                told = self._tell(done, spent) if done else {}
+                same = last and done and done.moment.step == step and not self.projected
+                part = done if same else None  # of the same weights: one record with the rest
+                if done and not part:
+                    self._note(done.moment, told, spent)
                 begin = begin or ranks.group is not None  # `advance` is not for several ranks
                 occasion = Occasion(model, moment, ranks, known, due, last, begin)
                 take = partial(self.survey.take, occasion, self.timeline, self.budget)
                 taken = self._attempt(take, f" in epoch {epoch}")
-                projection = projection_scalars(self.projected)
-                return earlier | self._note(moment, taken, projection, spent)
+                now = self._tell(taken, spent) if taken else {}
+                if part:
+                    moment, now = part.moment, _together(told, now)
+                now = {**projection_scalars(self.projected), **now}
+                self._note(moment, now, spent)
+                return told | now
 
     def advance(
         self, model: nn.Module, *, epoch: int, step: int, log_step: int | None = None
@@ -330,26 +352,18 @@ class BoundaryMonitor:
     def _fetch(self, *, wait: bool) -> None:
         if self.survey.measuring and self._latest_ranks.group is None:
             with self.budget.interruption(), self.budget.watching() as spent:
-                self._finished(self._latest_ranks, spent, wait=wait)
+                done = self._finished(self._latest_ranks, wait=wait)
+                if done:
+                    self._note(done.moment, self._tell(done, spent), spent)
 
-    def _finished(
-        self, ranks: Ranks, spent: Callable[[], float], *, wait: bool
-    ) -> dict[str, float]:
-        """Record and log what was measured in the background."""
-        taken = self._attempt(partial(self.survey.finished, ranks, self.budget, wait=wait))
-        return self._note(taken.moment, taken, {}, spent) if taken else {}
+    def _finished(self, ranks: Ranks, *, wait: bool) -> Taken | None:
+        """What was measured in the background."""
+        return self._attempt(partial(self.survey.finished, ranks, self.budget, wait=wait))
 
-    def _note(
-        self,
-        moment: Moment,
-        taken: Taken | None,
-        projection: Mapping[str, float],
-        spent: Callable[[], float],
-    ) -> dict[str, float]:
+    def _note(self, moment: Moment, scalars: dict[str, float], spent: Callable[[], float]) -> None:
         """Record and log what was projected and measured, if anything was."""
-        scalars = {**projection, **(self._tell(taken, spent) if taken else {})}
         if not scalars:
-            return {}
+            return
         self.logbook.record({"epoch": float(moment.epoch), "step": float(moment.step), **scalars})
         if not self._warn.silent:
             self.logbook.log(
@@ -361,7 +375,6 @@ class BoundaryMonitor:
                 seconds=self.budget.credit - spent(),
                 last=False,
             )
-        return scalars
 
     def _tell(self, taken: Taken, spent: Callable[[], float]) -> dict[str, float]:
         """Take over what was measured, act on it, and give its numbers."""
@@ -380,3 +393,9 @@ class BoundaryMonitor:
         if step > 0 and self.budget.trained:
             scalars["ww/overhead"] = (self.budget.spent + spent()) / self.budget.trained
         return scalars
+
+
+def _together(earlier: Mapping[str, float], later: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of two parts of one measurement."""
+    sums = ("ww/num_measured", "ww/seconds")
+    return {**earlier, **later, **{t: earlier[t] + later.get(t, 0.0) for t in sums}}

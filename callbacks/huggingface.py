@@ -61,8 +61,8 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
     `early_stop` asks to stop. With DistributedDataParallel the layers are dealt to the processes, and
     the replicas stay equal. A checkpoint keeps the history of one instance: a second one in the same
     trainer does nothing. Put it before an `EarlyStoppingCallback` that is to see its metrics. With
-    `background` these are of an earlier step, and if another callback stops the training, reporters
-    do not get what was not ready.
+    `background` these are of an earlier step, as a warning says to `metric_for_best_model`, and if
+    another callback stops the training, reporters do not get what was not ready.
 
     Args:
         **options: Those of `SpectralMonitor`: `budget`, `layers`, `randomize`, `every_n_epochs`,
@@ -138,6 +138,9 @@ class WeightWatcherCallback(TrainerCallback, ExportableState):
         self.monitor.begin(
             step=state.global_step, log_to=[self._to_log_history, *reporters], ranks=ranks
         )
+        followed = args.metric_for_best_model or ""
+        if followed.removeprefix("eval_").startswith("ww_"):
+            self.monitor.decides([f"metric_for_best_model={followed!r}"])
         if not reporters and not self.monitor.logbook.loggers and state.is_world_process_zero:
             warnings.warn(
                 "the trainer reports to nothing: the spectra are only in state.log_history and in "

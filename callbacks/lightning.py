@@ -48,7 +48,7 @@ class WeightWatcherCallback(pl.Callback):
     measurement is before the first step. Put this callback before those that average weights. With
     DistributedDataParallel the layers are dealt to the processes, and the replicas stay equal. Of two
     callbacks with the same settings the second does nothing. With `background` the numbers that
-    `EarlyStopping` and `ModelCheckpoint` see are of an earlier step.
+    `EarlyStopping` and `ModelCheckpoint` see are of an earlier step, and a warning says so.
 
     Args:
         **options: Those of `SpectralMonitor`: `budget`, `layers`, `randomize`, `every_n_epochs`,
@@ -106,6 +106,7 @@ class WeightWatcherCallback(pl.Callback):
         loggers = [LightningLog(logger) for logger in trainer.loggers]
         ranks = _ranks(trainer, pl_module)
         self.monitor.begin(step=trainer.global_step, log_to=loggers, ranks=ranks)
+        self.monitor.decides(_followers(trainer))
         if not loggers and not self.monitor.logbook.loggers:
             warnings.warn(
                 "the trainer has no logger: the spectra are only in the callback's .history "
@@ -232,6 +233,16 @@ class WeightWatcherCallback(pl.Callback):
             )
             return True
         return False
+
+
+def _followers(trainer: pl.Trainer) -> list[str]:
+    """What stops training or chooses checkpoints by a number of ours."""
+    kinds = (pl.callbacks.EarlyStopping, pl.callbacks.ModelCheckpoint)
+    return [
+        f"{type(callback).__name__}(monitor={callback.monitor!r})"
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, kinds) and (callback.monitor or "").startswith("ww")
+    ]
 
 
 def _x(trainer: pl.Trainer) -> int:

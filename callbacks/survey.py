@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -202,14 +202,26 @@ def undisturbed(model: nn.Module, *, wait: bool = True) -> Iterator[None]:
         model: The model being trained.
         wait: First await what an accelerator still has queued: it is not the cost of watching.
     """
-    kinds = {p.device.type for p in model.parameters()} if isinstance(model, nn.Module) else set()
+    devices = {p.device for p in model.parameters()} if isinstance(model, nn.Module) else set()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        for kind in {"cpu", *kinds} - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        if wait and kinds - {"cpu", "meta"}:
-            torch.accelerator.synchronize()
+        for kind in {"cpu", *(device.type for device in devices)}:
+            if _casts(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        for device in devices if wait else ():
+            if device.type not in ("cpu", "meta"):
+                # at worst the account is off; where a device is lost, measuring will tell
+                with suppress(Exception):
+                    torch.accelerator.synchronize(device)
         yield
+
+
+def _casts(kind: str) -> bool:
+    """Whether automatic casting is switched on, which some kinds of devices do not know."""
+    try:
+        return torch.is_autocast_enabled(kind)
+    except RuntimeError:
+        return False
 
 
 def acquaint(model: nn.Module) -> None:
@@ -222,7 +234,9 @@ def acquaint(model: nn.Module) -> None:
 
 def work_of(matrix: WeightMatrix | Skipped) -> float:
     """Operations of a layer's decomposition; 0 if it is skipped."""
-    if isinstance(matrix, Skipped) or not MIN_EVALS <= matrix.num_evals <= MAX_EVALS:
+    if isinstance(matrix, Skipped):
+        return 0.0
+    if matrix.max_rank < MIN_EVALS or matrix.num_evals > MAX_EVALS:
         return 0.0
     return work(matrix.N, matrix.M, matrix.rf)
 

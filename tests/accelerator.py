@@ -304,6 +304,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *a, **k: GPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "simulated")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (DEVICE.free, MEMORY))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: DEVICE.used)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: DEVICE.peak)

@@ -1,6 +1,7 @@
 """What the library does on an accelerator, by one that is simulated: see `tests/accelerator.py`."""
 
 import copy
+import gc
 import json
 import warnings
 from dataclasses import astuple, replace
@@ -231,6 +232,20 @@ def test_weights_of_a_file_are_read_once(gpu, tmp_path):
     matrices = [counted(m) for m in weight_matrices(tmp_path / "model.safetensors")]
     assert_same_numbers(expected, measure(matrices, randomize=True, vectors=True))
     assert sorted(read) == sorted(matrix.name for matrix in matrices)
+
+
+def test_a_report_leaves_nothing_on_the_device(gpu, tmp_path):
+    save_file(network().state_dict(), tmp_path / "model.safetensors")
+    _, there = twins()
+    gpu.reset()
+    before = gpu.used
+    gc.disable()  # what is in a cycle would stay until the collector finds it
+    try:
+        for source in (there, [m.to(GPU) for m in weight_matrices(tmp_path / "model.safetensors")]):
+            measure(source, randomize=True, vectors=True, base_model=there)
+            assert gpu.used == before
+    finally:
+        gc.enable()
 
 
 def test_the_faces_of_measure(gpu):

@@ -1,4 +1,5 @@
 import copy
+import gc
 import os
 import pickle
 import subprocess
@@ -14,9 +15,11 @@ from torch import nn
 
 from ww_train import WWPGD, measure
 from ww_train.callbacks import background
+from ww_train.callbacks import copies as copies_room
 from ww_train.callbacks.monitor import SpectralMonitor
 from ww_train.callbacks.sharing import Ranks
 
+from .accelerator import Stream, move
 from .oracles import gaussian
 from .pair import Pair
 from .training import adamw, net, same, train, wrap
@@ -44,7 +47,7 @@ def epochs(monitor, number):
 
 
 def deep(layers=6):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(*[nn.Linear(24, 24) for _ in range(layers)])
 
@@ -348,6 +351,7 @@ ONE_CORE = """
 import torch
 from torch import nn
 from ww_train.callbacks import background
+from ww_train.callbacks import copies as copies_room
 from ww_train.callbacks.monitor import SpectralMonitor
 
 cores, measure = [], background.measure
@@ -402,6 +406,95 @@ def test_a_projection_is_logged_at_once_and_what_it_left_is_not_decomposed_again
     monitor.close()
 
 
+def steered(**options):
+    """The history of a training with projections, and the monitor."""
+    model = net()
+    opt = WWPGD(adamw(model), model=model)
+    monitor = watch(model, opt, **options)
+    with monitor:
+        for epoch in range(3):
+            train(model, opt, 2, first=2 * epoch)
+            monitor.epoch_end()
+    return monitor.history, expected(model)
+
+
+def test_with_projections_the_last_step_is_logged_once(tmp_path, spy):
+    log = tmp_path / "log.csv"
+    history, truth = steered(log_to=str(log))
+    (last,) = [r for r in history if r["step"] == 3 and "ww/alpha_mean" in r]
+    assert last["ww/num_measured"] == 2.0
+    assert of_layers(last) == pytest.approx(truth, rel=1e-3)
+    rows = [line for line in log.read_text().splitlines() if "ww/alpha_mean" in line]
+    assert len(rows) == len({r["step"] for r in history if "ww/alpha_mean" in r})
+
+
+def test_what_the_thread_had_of_the_last_step_and_the_rest_are_one_record(monkeypatch):
+    monkeypatch.setattr(background, "COPY_BYTES", 2 * 4 * 24 * 24)
+    told = []
+    model = deep()
+    monitor = watch(
+        model,
+        at_start=False,
+        log_to=lambda scalars, step: told.append((step, dict(scalars))),
+    )
+    monitor.epoch_end()  # the first measurement is made here and now
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    monitor.epoch_end()
+    scalars = monitor.finish(model, epoch=2, step=2)
+    measured = [(step, x) for step, x in told if "ww/alpha_mean" in x]
+    assert [step for step, _ in measured] == [1, 2]
+    last = monitor.history[-1]
+    assert {tag: last[tag] for tag in scalars} == scalars == measured[-1][1]
+    assert last["ww/num_measured"] == 6.0
+    assert of_layers(last) == expected(model)
+    monitor.close()
+
+
+class Reports:
+    """A logger of alphas: those of the scalars and those of the report, at each step."""
+
+    def __init__(self):
+        self.told, self.reported = {}, {}
+
+    def __call__(self, scalars, step):
+        alphas = {k.partition("/")[2]: v for k, v in scalars.items() if k.startswith("ww_alpha/")}
+        self.told.setdefault(step, {}).update(alphas)
+
+    def log_report(self, report, history, epoch, step, **more):
+        if not more["last"]:
+            self.reported[step] = {layer.name: layer.alpha for layer in report}
+
+
+def test_loggers_get_the_report_of_the_step():
+    model, log = net(), Reports()
+    opt = adamw(model)
+    with watch(model, opt, log_to=log) as monitor:
+        monitor.epoch_end()
+        train(model, opt, 2)
+        monitor._steps = 7  # as if these had been counted
+    assert log.told.keys() == {0, 1, 7}
+    assert log.reported == log.told
+
+
+def test_a_projection_at_the_step_of_a_lot_is_measured_again(monkeypatch):
+    model = net()
+    opt = WWPGD(adamw(model), model=model)
+    monitor = started(model, opt, at_end=True, every_n_steps=2)
+    train(model, opt, 2)
+    monitor.step()
+    monitor.step()  # copies what is not projected yet
+    before = expected(model)
+    monitor.settle()
+    monitor.epoch_end()
+    monitor.close()
+    parts = [of_layers(r) for r in monitor.history if r["step"] == 2 and "ww/alpha_mean" in r]
+    assert parts[0] == before
+    assert len(parts) == 2
+    assert parts[1] == pytest.approx(expected(model), rel=1e-3)
+
+
 def test_beyond_the_budget_nothing_is_copied(spy):
     now = [0.0]
 
@@ -435,6 +528,195 @@ def test_something_that_is_no_model_warns():
     with pytest.warns(UserWarning, match="expected an nn.Module"):
         monitor.epoch_end()
     monitor.close()
+
+
+# On a device, by one that is simulated
+
+
+def grown(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+
+
+def trained(monitor, number):
+    """Epochs in which the weights change, each measured to the end."""
+    for _ in range(number):
+        grown(monitor.model)
+        epochs(monitor, 1)
+
+
+def test_there_is_one_stream_for_a_device(gpu, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        torch.cuda, "Stream", lambda device: made.append(Stream(device)) or made[-1]
+    )
+    monitor = started(move(deep(2)))
+    trained(monitor, 3)
+    (stream,) = made
+    assert len(stream.waited) == len(monitor.history) - 1 == 3
+    assert copy.deepcopy(monitor).survey._streams == {}
+    monitor.close()
+
+
+@pytest.mark.parametrize("where", ["measure", "_beside"])
+def test_what_fails_lets_go_of_the_copies_at_once(gpu, monkeypatch, where):
+    monitor = started(move(deep(2)), randomize=False)
+
+    def failing(*arguments, **options):
+        raise RuntimeError("no luck") from ValueError(f"of {len(arguments)}")
+
+    monkeypatch.setattr(background, where, failing)
+    gc.collect()
+    used = gpu.used
+    gc.disable()
+    try:
+        with pytest.warns(UserWarning, match="no luck"):
+            trained(monitor, 2)
+        assert gpu.used == used
+    finally:
+        gc.enable()
+    monitor.close()
+
+
+def test_layers_of_one_size_are_measured_together_and_stop_ends_it_between(gpu, monkeypatch):
+    calls, go = [], threading.Event()
+
+    def waiting(copies, *, layers, **options):
+        calls.append(tuple(layers))
+        assert go.wait(60)
+        return measure(copies, layers=layers, **options)
+
+    monkeypatch.setattr(background, "measure", waiting)
+    sizes = [(24, 32), (32, 16), (16, 24), (24, 24)]
+    monitor = started(move(nn.Sequential(*(nn.Linear(*size) for size in sizes))))
+    go.set()
+    trained(monitor, 1)
+    assert calls == [(0, 3), (1, 2)]
+    go.clear()
+    monitor.epoch_end()
+    monitor.survey._lot.stop.set()
+    go.set()
+    with pytest.warns(UserWarning, match="training ended before"):
+        monitor.settle()
+    assert calls[2:] in ([], [(0, 3)])  # the thread may not have begun
+    monitor.close()
+
+
+NEEDED = 5 * copies_room.BATCH_BYTES + 2 * 4 * 24 * 24
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "peak", "kinds"),
+    [
+        (NEEDED, 0, 0, ["cuda", "cuda"]),
+        (NEEDED - 1, 0, 0, ["cuda", "cpu"]),
+        (0, NEEDED, 0, ["cuda", "cuda"]),
+        (NEEDED, 10**10, 10**10, ["cuda", "cuda"]),
+        (10**10, 10**10, 19 * 10**9, ["cpu", "cpu"]),
+    ],
+)
+def test_copies_are_made_where_training_leaves_room(gpu, monkeypatch, free, reserved, peak, kinds):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**11))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
+    seen = {}
+
+    def spying(copies, *, layers, **options):
+        seen.update({copies[i].name: copies[i].device.type for i in layers})
+        return measure(copies, layers=layers, **options)
+
+    monkeypatch.setattr(background, "measure", spying)
+    model = move(deep(2))
+    monitor = started(model)
+    trained(monitor, 1)
+    assert [seen["0"], seen["1"]] == kinds
+    assert of_layers(monitor.history[-1]) == pytest.approx(expected(model), rel=1e-9)
+    monitor.close()
+
+
+def test_a_copy_that_does_not_fit_in_the_end_is_made_on_the_host(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    model = move(deep(2))
+    monitor = started(model, randomize=False)
+    grown(model)
+    truth = of_layers(measure(model).scalars())
+    gpu.reset(free=0)
+    epochs(monitor, 1)
+    assert of_layers(monitor.history[-1]) == pytest.approx(truth, rel=1e-9)
+    monitor.close()
+
+
+# Products of thin factors
+
+
+def adapted(rank, dtype=torch.float32):
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 40)),
+            peft.LoraConfig(r=rank, target_modules=["0", "2"], init_lora_weights=False),
+        )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def told_of(model, **options):
+    """Every number of the last report, and why layers have none."""
+    monitor = started(model, **options)
+    grown(model)
+    epochs(monitor, 1)
+    monitor.close()
+    layers = {
+        layer.name: {k: v for k, v in layer.to_dict().items() if isinstance(v, int | float)}
+        for layer in monitor.report
+    }
+    assert [record["step"] for record in monitor.history] == [0, 1]
+    return layers, {lost.name: lost.reason for lost in monitor.report.skipped}
+
+
+LORA = {
+    "skipped": (4, torch.float32, {}),
+    "traps": (10, torch.float32, {}),
+    "rounded": (10, torch.bfloat16, {}),
+    "spectra": (10, torch.bfloat16, {"randomize": False}),
+    "vectors": (10, torch.float32, {"randomize": False, "vectors": True}),
+}
+
+
+@pytest.mark.parametrize(("rank", "dtype", "options"), LORA.values(), ids=LORA)
+@pytest.mark.parametrize("device", ["cpu", "cuda", "no room"])
+def test_low_rank_updates_have_the_report_of_the_foreground(
+    gpu, monkeypatch, device, rank, dtype, options
+):
+    models = [adapted(rank, dtype) for _ in range(2)]
+    if device != "cpu":
+        models = [move(model) for model in models]
+    if device == "no room":
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1 << 40))
+    layers, skipped = told_of(models[0], background=False, **options)
+    other, lost = told_of(models[1], **options)
+    assert skipped == lost
+    assert ("0.lora" in skipped) == (rank < 8)
+    assert layers.keys() == other.keys()
+    for name, numbers in layers.items():
+        assert other[name] == pytest.approx(numbers, rel=1e-6, nan_ok=True), name
+
+
+@pytest.mark.parametrize("randomize", [False, True])
+def test_the_product_is_kept_only_where_it_is_needed(monkeypatch, randomize):
+    held = []
+
+    def spying(copies, *, layers, **options):
+        held.extend(copies_room.copy_bytes(copies[i], bool(randomize)) for i in layers)
+        return measure(copies, layers=layers, **options)
+
+    monkeypatch.setattr(background, "measure", spying)
+    told_of(adapted(10), randomize=randomize)
+    plain, product = 4 * 40 * 60, 8 * (100 + randomize * 40 * 60)
+    assert held == [plain, product, plain, product]
 
 
 # Several processes
@@ -539,21 +821,21 @@ def watched_by_unlucky(shards, what):
 
     model, copied = (
         deep(5 if what != "another model" or dist.get_rank() == 0 else 3),
-        background._copied,
+        copies_room._copied,
     )
     if shards:
         fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
     ranks = Ranks(dist.group.WORLD, replicated=not shards)
     tries = []
 
-    def failing(matrix):
+    def failing(matrix, **options):
         tries.append(matrix.name)
-        copy = copied(matrix)
+        copy = copied(matrix, **options)
         if dist.get_rank() == 1 and len(tries) == 2 and what == "a copy fails":
             raise MemoryError("no room on rank 1")
         return copy
 
-    background._copied = failing
+    copies_room._copied = failing
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -567,7 +849,7 @@ def watched_by_unlucky(shards, what):
                 dist.barrier()
             monitor.abort()
     finally:
-        background._copied = copied
+        copies_room._copied = copied
     return [r["step"] for r in monitor.history], [str(w.message) for w in caught]
 
 

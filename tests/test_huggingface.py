@@ -951,14 +951,31 @@ def test_every_reporter_gets_the_step_of_the_copies(tmp_path):
     ]
 
 
-def test_the_best_checkpoint_can_be_chosen_in_the_background(tmp_path):
-    beside = watching(background=True, at_start=False)
-    trainer = train(
-        tmp_path,
+def chosen_by(folder, metric, beside):
+    return train(
+        folder,
         beside,
         strength=None,
         eval_strategy="epoch",
         save_strategy="epoch",
-        metric_for_best_model="eval_ww_alpha_mean",
+        metric_for_best_model=metric,
     )
+
+
+@pytest.mark.parametrize("metric", ["eval_ww_alpha_mean", "ww_alpha_mean"])
+def test_the_best_checkpoint_can_be_chosen_in_the_background_with_a_warning(tmp_path, metric):
+    beside = watching(background=True, at_start=False)
+    with pytest.warns(UserWarning, match="are of earlier weights") as caught:
+        trainer = chosen_by(tmp_path, metric, beside)
+    (message,) = [str(w.message) for w in caught if "background" in str(w.message)]
+    assert message.startswith(f"metric_for_best_model='{metric}': ")
     assert trainer.state.best_metric is not None
+
+
+@pytest.mark.parametrize(
+    ("background", "metric"), [(False, "eval_ww_alpha_mean"), (True, "eval_loss")]
+)
+def test_other_choices_are_not_warned_of(tmp_path, background, metric):
+    beside = watching(background=background)
+    chosen_by(tmp_path, metric, beside)
+    assert "decides" not in beside.monitor._warn.given

@@ -884,9 +884,24 @@ def test_what_stops_and_chooses_has_numbers_in_the_background(tmp_path):
         EarlyStopping("ww/alpha_mean", patience=0, mode="max", min_delta=100.0),
         ModelCheckpoint(tmp_path, monitor="ww/alpha_mean"),
     )
-    trainer = fit(Net(None), beside, *callbacks, max_epochs=5)
+    with pytest.warns(UserWarning, match="are of earlier weights") as caught:
+        trainer = fit(Net(None), beside, *callbacks, max_epochs=5)
+    (message,) = [str(w.message) for w in caught if "background" in str(w.message)]
+    assert message.startswith(
+        "EarlyStopping(monitor='ww/alpha_mean') and ModelCheckpoint(monitor='ww/alpha_mean'): "
+    )
     assert trainer.current_epoch < 5
     assert list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("background", "watched"), [(False, "ww/alpha_mean"), (True, "val_loss"), (True, None)]
+)
+def test_other_decisions_are_not_warned_of(tmp_path, background, watched):
+    chooses = ModelCheckpoint(tmp_path, monitor=watched)
+    beside = watching(background=background)
+    fit(Net(None), beside, chooses, max_epochs=1)
+    assert "decides" not in beside.monitor._warn.given
 
 
 def test_its_own_rule_stops_in_the_background():

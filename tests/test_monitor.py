@@ -14,7 +14,9 @@ from ww_train.callbacks.boundary import BoundaryMonitor
 from ww_train.callbacks.early_stopping import alpha_below, traps_appear
 from ww_train.callbacks.monitor import SpectralMonitor, find_wwpgd
 from ww_train.callbacks.options import MonitorOptions
+from ww_train.callbacks.survey import undisturbed
 
+from .accelerator import GPU, move
 from .oracles import gaussian
 from .watching import SUMMARIES
 
@@ -28,7 +30,7 @@ def watch(*arguments, **options):
 
 def net(seed=0):
     """A small network, without touching the global generator."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(SIZE, 32), nn.Tanh(), nn.Linear(32, SIZE))
 
@@ -723,3 +725,35 @@ def test_accelerate():
             state._reset_state()
     assert monitor.history[-1]["ww/strength"] == 1.0
     assert monitor.verdict == "critical (2 layers)"
+
+
+# Devices
+
+
+def test_the_devices_of_the_model_are_awaited(gpu, monkeypatch):
+    awaited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", awaited.append)
+    model = move(net())
+    model.append(nn.Linear(SIZE, SIZE))
+    with undisturbed(model):
+        assert awaited == [GPU]
+    with undisturbed(model, wait=False):
+        assert awaited == [GPU]
+
+
+def test_a_device_that_cannot_be_awaited_is_measured_all_the_same(gpu, monkeypatch):
+    def unknown(device):
+        raise RuntimeError("no accelerator")
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", unknown)
+    monitor = watch(move(net()), at_end=False, summary=False)
+    monitor.epoch_end()
+    assert monitor.history[0]["ww/num_measured"] == 2.0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_casting_is_off_also_with_devices_that_know_none(device):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with undisturbed(nn.Linear(2, 2, device=device)):
+            assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu")

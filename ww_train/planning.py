@@ -35,7 +35,8 @@ class Plan:
         base: What it is compared with, if anything.
         failure: Why its weights could not be read.
         eps: Relative rounding of the weights.
-        turn: The layers that are gathered together with this one, each for another process.
+        turn: The layers that are gathered together with this one, each for another process; none if
+            it is gathered alone.
     """
 
     def __init__(self, layer_id: int, matrix: WeightMatrix, base: WeightMatrix | None) -> None:
@@ -44,7 +45,7 @@ class Plan:
         self.base = base
         self.failure: str | None = None
         self.eps = torch.finfo(matrix.dtype).eps
-        self.turn: tuple[Plan, ...] = (self,)
+        self.turn: tuple[Plan, ...] = ()
         self._attended = False
         self._loaded: WeightMatrix | None = None
 
@@ -63,7 +64,8 @@ class Plan:
         """Read, gather or subtract; what cannot be read becomes a failure with its reason."""
         self._attended = True
         failure: Exception | None = None
-        for plan in self.turn:  # to the end, whatever happens: other processes wait in it
+        turn, self.turn = self.turn or (self,), ()  # a cycle would keep the weights
+        for plan in turn:  # to the end, whatever happens: other processes wait in it
             try:
                 with torch.no_grad():
                     plan._bring()
