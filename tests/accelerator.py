@@ -155,6 +155,8 @@ class OnDevice(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
+            if function is torch.ldexp:  # in PyTorch 2.6 it makes a tensor of the number 2
+                return OnDevice(torch.ldexp(*(factor.elem for factor in args)))
             if function is torch.where:  # PyTorch itself would make a tensor of a number
                 args = [a if isinstance(a, torch.Tensor) else _number(a) for a in args]
             return function(*args, **(kwargs or {}))
